@@ -1,0 +1,3 @@
+from reapc.cli.main import main
+
+main()

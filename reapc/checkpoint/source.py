@@ -1,0 +1,72 @@
+"""Finds the model that a recipe names: a local folder, or a hub id that is downloaded once and resumed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from reapc.arch import load_config
+from reapc.errors import ReapcError
+
+WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
+OTHER_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "tokenizer*", "LICENSE*", "README.md"]
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+
+
+def _local(source: str, base: Path) -> Path | None:
+    for folder in (Path(source).expanduser(), base / source):
+        if folder.is_dir():
+            return folder
+    if source.startswith((".", "/", "~")) or not _HUB_ID.match(source):
+        raise ReapcError(
+            f"model.source = {source!r}: no such folder (looked in {Path.cwd()} and {base})",
+            hint="a folder with config.json and safetensors, or a hub id such as Qwen/Qwen3-30B-A3B",
+        )
+    return None
+
+
+def _hub_error(source: str, revision: str | None, error: Exception) -> ReapcError:
+    return ReapcError(
+        f"model.source = {source!r} (revision {revision or 'main'}): no such folder here, and the hub did not "
+        f"deliver it: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        hint="check the name and the network (HF_ENDPOINT, HF_TOKEN), or give a local folder",
+    )
+
+
+def config_of(source: str, revision: str | None, base: Path) -> dict[str, Any]:
+    """The model's config.json alone, downloaded when the source is a hub id."""
+    folder = _local(source, base)
+    if folder is not None:
+        return load_config(folder)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = hf_hub_download(source, "config.json", revision=revision)
+    except (OSError, ValueError) as error:
+        raise _hub_error(source, revision, error) from error
+    return load_config(Path(file))
+
+
+def fetch(source: str, revision: str | None, base: Path) -> Path:
+    """A local folder with the whole checkpoint. Downloads resume, are pinned to ``revision`` and leave out
+    what is not needed (other weight formats, images)."""
+    folder = _local(source, base)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=WEIGHT_PATTERNS + OTHER_PATTERNS))
+    except (OSError, ValueError) as error:
+        raise _hub_error(source, revision, error) from error
+
+
+def tokenizer_bytes(folder: Path) -> int | None:
+    """Bytes of the vocabulary's tokens as text, for the size of a GGUF header; None when unknown."""
+    try:
+        vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+        return sum(len(token.encode()) for token in vocab)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,57 @@
+"""``reapc prune MODEL --scores SCORES``: the pruned checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from reapc.errors import ReapcError
+
+CRITERIA = ["reap", "ean", "ean_sum", "frequency", "weighted_sum"]
+
+
+@click.command("prune")
+@click.argument("model")
+@click.option("--revision", help="Revision of a hub model.")
+@click.option("--scores", "scores_file", required=True, type=click.Path(path_type=Path), help="From `reapc observe`.")
+@click.option("--ratio", type=click.FloatRange(0, 1, max_open=True), help="Share of experts to drop.")
+@click.option("--experts", type=click.IntRange(min=1), help="Experts to keep.")
+@click.option("--criterion", type=click.Choice(CRITERIA), default="reap", show_default=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON summary.")
+def command(
+    model: str,
+    revision: str | None,
+    scores_file: Path,
+    ratio: float | None,
+    experts: int | None,
+    criterion: str,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Write MODEL with only its most valuable experts to a new folder."""
+    from reapc.checkpoint.reader import Checkpoint
+    from reapc.checkpoint.source import fetch
+    from reapc.cli.progress import make_progress
+    from reapc.observe.scores import load_scores
+    from reapc.prune.criteria import check_kept, choose, kept_count
+    from reapc.prune.rewrite import check_scores, prune
+    from reapc.units import format_bytes
+
+    if (ratio is None) == (experts is None):
+        raise ReapcError("give one of --ratio and --experts")
+    checkpoint = Checkpoint(fetch(model, revision, Path(".")))
+    spec = checkpoint.spec
+    kept = experts if experts is not None else kept_count(spec.num_experts, float(ratio or 0))
+    check_kept(kept, spec.num_experts, spec.top_k)
+    scores = load_scores(scores_file)
+    check_scores(scores, checkpoint, scores_file)
+    chosen = choose(scores, criterion, kept)
+    size = prune(checkpoint, chosen, out, make_progress())
+    if as_json:
+        dropped = {str(i): sorted(set(range(spec.num_experts)) - set(kept_)) for i, kept_ in chosen.items()}
+        click.echo(json.dumps({"output": str(out), "experts_kept": kept, "bytes": size, "dropped": dropped}))
+    else:
+        click.echo(f"{out}: {kept} of {spec.num_experts} experts per layer, {format_bytes(size)}")

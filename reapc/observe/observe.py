@@ -1,0 +1,114 @@
+"""The observation pass: one streamed forward that leaves a scores file, and the reference of held-out text.
+
+Resumable: every finished layer leaves ``layer-N.safetensors`` in the work folder beside the hidden states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from reapc.checkpoint.atomic import atomic_path, make_folder, remove, require_room
+from reapc.checkpoint.reader import Checkpoint
+from reapc.observe.accumulate import LayerSums
+from reapc.observe.reference import write_reference
+from reapc.observe.scores import Scores
+from reapc.progress import Progress
+from reapc.stream.experts import LayerObserver
+from reapc.stream.model import StreamedModel
+from reapc.stream.run import HiddenStates, run_layers
+from reapc.stream.tokens import Tokens
+
+
+def disk_bytes(checkpoint: Checkpoint, calibration: Tokens, held_out: Tokens | None) -> int:
+    """Bytes that the hidden states take on disk while the pass runs."""
+    hidden = checkpoint.spec.hidden_size
+    total = HiddenStates.disk_bytes(calibration, hidden)
+    return total + (HiddenStates.disk_bytes(held_out, hidden) if held_out else 0)
+
+
+def _digest(tokens: Tokens | None) -> str:
+    return hashlib.sha256(tokens.input_ids.tobytes() + tokens.mask.tobytes()).hexdigest() if tokens else ""
+
+
+def _finished_layers(work: Path, identity: str) -> int:
+    """How many layers an interrupted run of the same observation has left here; anything else is removed."""
+    stamp = work / "identity"
+    if not stamp.is_file() or stamp.read_text() != identity:
+        remove(work)
+        make_folder(work)
+        stamp.write_text(identity)
+    count = 0
+    while (work / f"layer-{count}.safetensors").is_file():
+        count += 1
+    return count
+
+
+def observe(
+    checkpoint: Checkpoint,
+    calibration: Tokens,
+    work: Path,
+    progress: Progress,
+    *,
+    held_out: Tokens | None = None,
+    reference: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    moments: bool = True,
+    model_name: str = "",
+) -> Scores:
+    """Scores of ``checkpoint`` over ``calibration``; log-probabilities of ``held_out`` go to ``reference``.
+
+    ``work`` holds the hidden states and the layers done; it is removed at the end, and continued from when the
+    same call was interrupted. ReapcError names a tensor with NaN or infinity; CannotBeDone says what room lacks.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    spec = checkpoint.spec
+    identity = json.dumps([checkpoint.digest, _digest(calibration), _digest(held_out), str(dtype), moments])
+    make_folder(work)
+    done = _finished_layers(work, identity)
+    if not done:
+        require_room(work, disk_bytes(checkpoint, calibration, held_out), "the hidden states of the observation")
+    else:
+        progress.log(f"observe: {done} of {spec.num_layers} layers were done before; going on")
+    model = StreamedModel(checkpoint, dtype)
+    model.check_outer()
+    sets = [(HiddenStates(calibration, work, "calibration", spec.hidden_size), True)]
+    if held_out is not None:
+        sets.append((HiddenStates(held_out, work, "held-out", spec.hidden_size), False))
+
+    def observer_of(index: int) -> LayerSums:
+        experts = spec.num_experts if spec.layers[index].is_moe else 0
+        return LayerSums(experts, spec.hidden_size, spec.expert_intermediate_size, moments)
+
+    def layer_done(index: int, observer: LayerObserver | None) -> None:
+        assert isinstance(observer, LayerSums)
+        with atomic_path(work / f"layer-{index}.safetensors") as partial:
+            save_file(observer.arrays(index), partial)
+
+    run_layers(model, sets, observer_of, layer_done, progress, start_layer=done, name="observe")
+    arrays: dict[str, np.ndarray] = {}
+    for index in range(spec.num_layers):
+        arrays |= load_file(work / f"layer-{index}.safetensors")
+    if held_out is not None and reference is not None:
+        write_reference(reference, model, sets[1][0])
+    header = {
+        "model": model_name or checkpoint.folder.name,
+        "digest": checkpoint.digest,
+        "num_experts": spec.num_experts,
+        "top_k": spec.top_k,
+        "layers": list(spec.moe_layers),
+        "tokens": calibration.count,
+        "calibration": [calibration.source],
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    scores = Scores(header, arrays)
+    for layer, experts in scores.never_routed().items():
+        progress.log(f"observe: layer {layer}: {len(experts)} experts were never routed to: {experts}")
+    del sets
+    remove(work)
+    return scores

@@ -1,0 +1,184 @@
+"""What the user wants: a Recipe, read from TOML. Every key may be "auto" where the compiler can decide."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from reapc.errors import ReapcError
+from reapc.schema import explain_validation, nearest
+from reapc.target import Target, load_target, make_target
+
+Auto = Literal["auto"]
+Criterion = Literal["reap", "ean", "ean_sum", "frequency", "weighted_sum"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is expected, not true or false")
+    return value
+
+
+Ratio = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1, strict=False)]
+
+
+class ModelSection(_Section):
+    """Where the checkpoint comes from."""
+
+    source: str = Field(min_length=1)
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class ServeSection(_Section):
+    """How the result will be served; the memory model counts exactly this."""
+
+    engine: Literal["auto", "llama.cpp", "vllm"] = "auto"
+    context: int = Field(default=4096, ge=16)
+    concurrency: int = Field(default=1, ge=1)
+    kv_cache: Literal["auto", "f16", "bf16", "q8_0", "q4_0", "fp8"] = "auto"
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=1, le=65535)
+
+
+class PruneSection(_Section):
+    """Which experts go."""
+
+    method: Literal["auto", "none"] | Criterion = "auto"
+    ratio: Auto | Ratio = "auto"
+    experts: Auto | Annotated[int, BeforeValidator(_no_bool), Field(ge=1)] = "auto"
+    max_ratio: Ratio = 0.25
+
+
+class QuantizeSection(_Section):
+    """How many bits each weight gets."""
+
+    method: Literal["auto", "none", "gguf", "auto_round", "gptq"] = "auto"
+    bits: Auto | Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=16)] = "auto"
+    group_size: Auto | Annotated[int, BeforeValidator(_no_bool), Field(ge=16)] = "auto"
+    format: str = "auto"
+    imatrix: bool = True
+    pre_tokenizer: str | None = None
+
+
+class CalibrationSection(_Section):
+    """The text that decides what an expert is worth."""
+
+    data: str = "auto"
+    sequences: int = Field(default=128, ge=1)
+    tokens: int = Field(default=512, ge=8)
+    seed: int = 0
+
+
+class VerifySection(_Section):
+    """What the result must keep; below a threshold the build fails with exit code 1."""
+
+    data: str = "auto"
+    sequences: int = Field(default=64, ge=1)
+    max_kl: float | None = Field(default=None, gt=0, strict=False)
+    min_top1: float | None = Field(default=None, ge=0, le=1, strict=False)
+    max_perplexity_ratio: float | None = Field(default=None, ge=1, strict=False)
+
+
+class OutputSection(_Section):
+    """Where the result goes."""
+
+    path: str = ""
+
+
+class Recipe(_Section):
+    """A model, a budget and what to do with them. ``base`` is the folder that relative paths start from."""
+
+    model: ModelSection
+    target: Target
+    serve: ServeSection = ServeSection()
+    prune: PruneSection = PruneSection()
+    quantize: QuantizeSection = QuantizeSection()
+    calibration: CalibrationSection = CalibrationSection()
+    verify: VerifySection = VerifySection()
+    output: OutputSection = OutputSection()
+    name: str = "recipe"
+    base: Path = Path(".")
+
+    def path(self, text: str) -> Path:
+        """``text`` as a path, relative ones from the recipe's folder."""
+        path = Path(text).expanduser()
+        return path if path.is_absolute() else self.base / path
+
+    @property
+    def output_path(self) -> Path:
+        """The folder that the build writes."""
+        return self.path(self.output.path) if self.output.path else Path("out") / self.name
+
+
+def _override(data: dict[str, Any], assignment: str) -> None:
+    """Applies one ``section.key=value``; the value is TOML, or else a plain string."""
+    key, equals, text = assignment.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ReapcError(f"--set {assignment!r} is not KEY=VALUE", hint="for example --set prune.ratio=0.25")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    here: Any = data
+    for part in parts[:-1]:
+        if part == "target" and isinstance(here.get(part), str):
+            raise ReapcError(f"--set {key}: the recipe names the target {here[part]!r}", hint="--set target=NAME")
+        here = here.setdefault(part, {})
+        if not isinstance(here, dict):
+            raise ReapcError(f"--set {key}: {part!r} is not a section")
+    here[parts[-1]] = value
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """The recipe in ``path`` with ``overrides`` applied; ReapcError names file, key and the mend."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ReapcError(f"{path}: cannot read the recipe: {error.strerror}") from error
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ReapcError(f"{path}: not valid TOML: {error}") from error
+    for assignment in overrides:
+        _override(data, assignment)
+    return make_recipe(data, path)
+
+
+def make_recipe(data: dict[str, Any], path: Path) -> Recipe:
+    """Validates parsed keys; ``path`` gives the name, the base folder and the place in errors."""
+    where = str(path)
+    sections = [name for name in Recipe.model_fields if name not in ("name", "base")]
+    for key in data:
+        if key not in sections:
+            raise ReapcError(f"{where}: unknown section {key!r}; {nearest(key, sections)}known: {', '.join(sections)}")
+    for key in ("model", "target"):
+        if key not in data:
+            raise ReapcError(f"{where}: [{key}] is missing", hint="a recipe needs [model] source and [target]")
+    target = data["target"]
+    if isinstance(target, dict) and set(target) == {"name"}:
+        target = target["name"]
+    if isinstance(target, str):
+        local = path.parent / target
+        resolved = load_target(str(local) if target.endswith(".toml") and local.is_file() else target)
+    elif isinstance(target, dict):
+        resolved = make_target(target, where)
+    else:
+        raise ReapcError(f"{where}: target = {target!r}: a name or a table is expected")
+    try:
+        recipe = Recipe(**{**data, "target": resolved}, name=path.stem, base=path.parent)
+    except ValidationError as error:
+        raise ReapcError(explain_validation(error, Recipe, where)) from error
+    if recipe.prune.ratio != "auto" and recipe.prune.experts != "auto":
+        raise ReapcError(f"{where}: prune.ratio and prune.experts are both given", hint="remove one of them")
+    if recipe.prune.method == "none" and (recipe.prune.experts != "auto" or recipe.prune.ratio not in ("auto", 0)):
+        raise ReapcError(f'{where}: prune.method = "none" but prune.ratio or prune.experts asks for pruning')
+    return recipe

@@ -1,0 +1,142 @@
+"""Builds one decoder layer at a time from the transformers class, with weights mapped from the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from reapc.checkpoint.reader import Checkpoint
+from reapc.errors import CannotBeDone
+from reapc.stream.experts import ExpertWeights, LayerObserver, StreamedExperts
+
+FLOAT_DTYPES = ("F32", "F16", "BF16")
+Forward = Callable[[torch.Tensor, torch.Tensor | None, LayerObserver | None], torch.Tensor]
+
+
+class StreamedModel:
+    """A checkpoint as a sequence of layers. ``dtype`` is that of the computation (fp32 on a CPU)."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self._observer: LayerObserver | None = None
+        self._valid: torch.Tensor | None = None
+        self.checkpoint = checkpoint
+        self.spec = checkpoint.spec
+        self.dtype = dtype
+        for tensor in self.spec.tensors():
+            found = checkpoint.entries[tensor.name].dtype
+            if found not in FLOAT_DTYPES:
+                raise CannotBeDone(
+                    f"{checkpoint.shard_of[tensor.name]}: tensor {tensor.name!r} is stored as {found}",
+                    hint=f"this version observes checkpoints in {', '.join(FLOAT_DTYPES)}",
+                )
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config._attn_implementation = "sdpa"
+        self.config = config
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self._body = skeleton.get_decoder()
+        self._rotary = type(self._body.rotary_emb)(config)
+        self._norm = self._load(self._body.norm, "model.norm").requires_grad_(False)
+
+    def _load(self, module: nn.Module, prefix: str) -> nn.Module:
+        """``module`` with its weights from ``prefix``; any missing or unexpected key is an error of ours."""
+        state = {}
+        for name in module.state_dict():
+            state[name] = self.checkpoint.checked_tensor(f"{prefix}.{name}").to(self.dtype)
+        module.load_state_dict(state, strict=True, assign=True)
+        return module.eval()
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(batch, length) ids to (batch, length, hidden)."""
+        table = self.checkpoint.tensor("model.embed_tokens.weight")
+        return F.embedding(input_ids, table).to(self.dtype)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (tokens, vocabulary) in fp32 of final hidden states (tokens, hidden)."""
+        name = "model.embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight"
+        logits = F.linear(self._norm(hidden), self.checkpoint.tensor(name).to(self.dtype))
+        return torch.log_softmax(logits.float(), dim=-1)
+
+    def check_outer(self) -> None:
+        """Refuses NaN or infinity in embeddings, final norm and head."""
+        for tensor in self.spec.outer_tensors:
+            self.checkpoint.checked_tensor(tensor.name)
+
+    def _experts_of(self, index: int) -> dict[int, ExpertWeights]:
+        names: dict[int, dict[str, str]] = {}
+        for tensor in self.spec.layers[index].tensors:
+            if tensor.expert is not None:
+                names.setdefault(tensor.expert, {})[tensor.name.split(".")[-2]] = tensor.name
+        load = self.checkpoint.checked_tensor
+        return {
+            expert: (load(parts["gate_proj"]), load(parts["up_proj"]), load(parts["down_proj"]))
+            for expert, parts in names.items()
+        }
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Forward]:
+        """Yields ``forward(hidden (b, n, h), mask (b, n) or None, observer or None) -> hidden``; the layer is
+        dropped afterwards."""
+        module = self._body.layers[index]
+        prefix = f"model.layers.{index}"
+        experts: StreamedExperts | None = None
+        if self.spec.layers[index].is_moe:
+            weights = self._experts_of(index)
+            experts = StreamedExperts(self.spec.num_experts, weights.__getitem__, module.mlp.experts.act_fn, self.dtype)
+            module.mlp.experts = experts
+        self._load(module, prefix)
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        self._hook_linears(module, prefix)
+
+        def forward(hidden: torch.Tensor, mask: torch.Tensor | None, observer: LayerObserver | None) -> torch.Tensor:
+            self._observer = observer
+            self._valid = None if mask is None else mask.reshape(-1)
+            if experts is not None:
+                experts.observer, experts.valid = observer, self._valid
+            return self._forward(module, hidden, mask)
+
+        yield forward
+        self._body.layers[index] = nn.Identity()
+
+    def _forward(self, module: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        from transformers.masking_utils import create_causal_mask
+
+        positions = torch.arange(hidden.shape[1])[None]
+        causal = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=mask,
+            past_key_values=None,
+            position_ids=positions,
+        )
+        with torch.inference_mode():
+            result = module(
+                hidden,
+                attention_mask=causal,
+                position_ids=positions,
+                position_embeddings=self._rotary(hidden, position_ids=positions),
+            )
+        return result[0] if isinstance(result, tuple) else result
+
+    def _hook_linears(self, module: nn.Module, prefix: str) -> None:
+        """Shows the current observer the inputs of every linear outside the experts; padding is left out."""
+
+        def hook(name: str) -> Any:
+            def show(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                if self._observer is not None:
+                    inputs = args[0].reshape(-1, args[0].shape[-1])
+                    self._observer.linear(name, inputs if self._valid is None else inputs[self._valid])
+
+            return show
+
+        for name, child in module.named_modules():
+            if isinstance(child, nn.Linear):
+                child.register_forward_pre_hook(hook(f"{prefix}.{name}"))

@@ -1,0 +1,88 @@
+"""Drives token sequences through the layers, hidden states in memory-mapped files, resumable at a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from reapc.progress import Progress
+from reapc.stream.experts import LayerObserver
+from reapc.stream.model import StreamedModel
+from reapc.stream.tokens import Tokens
+
+TOKENS_PER_BATCH = 8192
+
+
+class HiddenStates:
+    """Hidden states (sequences, length, hidden) fp32 of one token set, before layer ``i``.
+
+    Two files in turn: layer i reads ``i % 2`` and writes ``(i + 1) % 2``, so a layer that was interrupted
+    can be run again from what is on disk.
+    """
+
+    def __init__(self, tokens: Tokens, folder: Path, name: str, hidden_size: int) -> None:
+        self.tokens = tokens
+        shape = (tokens.sequences, tokens.length, hidden_size)
+        self._files = []
+        for turn in range(2):
+            path = folder / f"hidden-{name}-{turn}.bin"
+            fresh = not path.exists() or path.stat().st_size != 4 * int(np.prod(shape))
+            self._files.append(np.memmap(path, np.float32, "w+" if fresh else "r+", shape=shape))
+
+    @staticmethod
+    def disk_bytes(tokens: Tokens, hidden_size: int) -> int:
+        """Bytes that both files take."""
+        return 2 * 4 * tokens.sequences * tokens.length * hidden_size
+
+    def read(self, layer: int, rows: slice) -> torch.Tensor:
+        """A copy of the states before ``layer``."""
+        return torch.from_numpy(np.array(self._files[layer % 2][rows]))
+
+    def write(self, layer: int, rows: slice, values: torch.Tensor) -> None:
+        """Stores the states before ``layer``."""
+        self._files[layer % 2][rows] = values.float().numpy()
+
+    def flush(self) -> None:
+        for file in self._files:
+            file.flush()
+
+
+def _mask(tokens: Tokens, rows: slice) -> torch.Tensor | None:
+    mask = tokens.mask[rows]
+    return None if mask.all() else torch.from_numpy(np.ascontiguousarray(mask))
+
+
+def run_layers(
+    model: StreamedModel,
+    sets: Sequence[tuple[HiddenStates, bool]],
+    observer_of: Callable[[int], LayerObserver | None],
+    layer_done: Callable[[int, LayerObserver | None], None],
+    progress: Progress,
+    start_layer: int = 0,
+    name: str = "forward",
+) -> None:
+    """Runs all layers from ``start_layer`` over ``sets``: (states, observed). The states before ``start_layer``
+    must be on disk unless it is 0. ``layer_done(i, observer)`` is called when layer i's states are stored."""
+    spec = model.spec
+    total = sum(states.tokens.sequences * states.tokens.length for states, _ in sets)
+    with progress.task(name, total * (spec.num_layers - start_layer), "tokens x layers") as advance:
+        if start_layer == 0:
+            for states, _ in sets:
+                for rows in states.tokens.batches(TOKENS_PER_BATCH):
+                    ids = torch.from_numpy(states.tokens.input_ids[rows].astype(np.int64))
+                    states.write(0, rows, model.embed(ids))
+        for index in range(start_layer, spec.num_layers):
+            observer = observer_of(index)
+            with model.layer(index) as forward:
+                for states, observed in sets:
+                    for rows in states.tokens.batches(TOKENS_PER_BATCH):
+                        hidden = states.read(index, rows).to(model.dtype)
+                        result = forward(hidden, _mask(states.tokens, rows), observer if observed else None)
+                        states.write(index + 1, rows, result)
+                        advance((rows.stop - rows.start) * states.tokens.length)
+            for states, _ in sets:
+                states.flush()
+            layer_done(index, observer)

@@ -1,0 +1,87 @@
+"""Token sequences, and the file format that carries them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from reapc.errors import ReapcError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """``input_ids`` (sequences, length) int32; ``mask`` likewise, True where a token is real;
+    ``domain`` (sequences,) indexes ``domains``."""
+
+    input_ids: np.ndarray
+    mask: np.ndarray
+    domain: np.ndarray
+    domains: tuple[str, ...] = ("all",)
+    source: str = ""
+
+    @property
+    def sequences(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    @property
+    def length(self) -> int:
+        return int(self.input_ids.shape[1])
+
+    @property
+    def count(self) -> int:
+        """Real tokens."""
+        return int(self.mask.sum())
+
+    def take(self, rows: np.ndarray, length: int | None = None) -> Tokens:
+        """Only the sequences ``rows``, cut to ``length`` tokens."""
+        cut = slice(0, length)
+        return Tokens(
+            self.input_ids[rows][:, cut], self.mask[rows][:, cut], self.domain[rows], self.domains, self.source
+        )
+
+    def batches(self, tokens_per_batch: int) -> Iterator[slice]:
+        """Row slices of about ``tokens_per_batch`` tokens."""
+        rows = max(1, tokens_per_batch // max(1, self.length))
+        for start in range(0, self.sequences, rows):
+            yield slice(start, min(start + rows, self.sequences))
+
+
+def read_tokens(path: Path, vocab_size: int) -> Tokens:
+    """Tokens from a safetensors file with ``input_ids`` (sequences, length) int32, optionally
+    ``attention_mask`` of the same shape and ``domain`` (sequences,) with the metadata key ``domains``."""
+    from safetensors import safe_open
+
+    from reapc.checkpoint.safetensors_file import read_header
+
+    if not path.is_file():
+        raise ReapcError(f"{path}: no such file", hint="a safetensors file with input_ids is expected")
+    entries, metadata = read_header(path)
+    if "input_ids" not in entries:
+        raise ReapcError(f"{path}: no tensor 'input_ids'; found: {', '.join(entries) or 'nothing'}")
+    with safe_open(path, framework="np") as file:
+        ids = file.get_tensor("input_ids")
+        mask = file.get_tensor("attention_mask") if "attention_mask" in entries else np.ones(ids.shape, bool)
+        domain = file.get_tensor("domain") if "domain" in entries else None
+    if ids.ndim == 1:
+        ids, mask = ids[None], mask.reshape(1, -1)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+        raise ReapcError(f"{path}: input_ids is {ids.dtype} {list(ids.shape)}; (sequences, length) int32 expected")
+    if mask.shape != ids.shape:
+        raise ReapcError(f"{path}: attention_mask {list(mask.shape)} differs from input_ids {list(ids.shape)}")
+    mask = mask.astype(bool)
+    if not mask.any():
+        raise ReapcError(f"{path}: attention_mask hides every token")
+    if ids[mask].min() < 0 or ids[mask].max() >= vocab_size:
+        raise ReapcError(
+            f"{path}: token ids {int(ids[mask].min())} to {int(ids[mask].max())}, the model's vocabulary has "
+            f"{vocab_size}",
+            hint="these tokens were made with another tokenizer",
+        )
+    names = tuple(json.loads((metadata or {}).get("domains", '["all"]')))
+    if domain is None or domain.shape != (ids.shape[0],) or domain.min() < 0 or domain.max() >= len(names):
+        domain, names = np.zeros(ids.shape[0], np.int32), ("all",)
+    return Tokens(np.where(mask, ids, 0).astype(np.int32), mask, domain, names, path.name)

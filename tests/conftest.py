@@ -1,0 +1,51 @@
+"""Tiny real models, made once per session."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from reapc.stream.tokens import Tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_model(
+    folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, shards: str = "50GB", **changes
+) -> Path:
+    """Saves a random Qwen3-MoE with uneven routing and returns its folder."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    settings = dict(
+        hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_experts=12, num_experts_per_tok=3, vocab_size=256,
+        max_position_embeddings=512, norm_topk_prob=True, tie_word_embeddings=True, mlp_only_layers=[1],
+        decoder_sparse_step=1, initializer_range=0.2, rope_theta=10000.0,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**settings, **changes})).to(dtype)
+    model.save_pretrained(folder, max_shard_size=shards)
+    (folder / "notes.txt").write_text("kept as it is\n")
+    return folder
+
+
+def make_tokens(sequences: int, length: int, vocab: int = 256, seed: int = 0, padded: bool = False) -> Tokens:
+    """Random token ids; ``padded`` hides the end of every other sequence."""
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, vocab, (sequences, length)).astype(np.int32)
+    mask = np.ones(ids.shape, bool)
+    if padded:
+        for row in range(0, sequences, 2):
+            mask[row, length - 3 - row % 5 :] = False
+    return Tokens(np.where(mask, ids, 0).astype(np.int32), mask, np.zeros(sequences, np.int32))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("tiny"))

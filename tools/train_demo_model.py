@@ -1,0 +1,185 @@
+"""Train the demonstration model: a small, real Qwen3-MoE, from text that a Python installation carries.
+
+    .venv/bin/python tools/train_demo_model.py --minutes 75 --out demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from demo_data import END_OF_TEXT, MAX_POSITIONS, TURN_END, VOCABULARY, TokenData, prepare
+from demo_engine import EXPERTS_NAME, Muon, keep_freed_memory
+from transformers import AutoTokenizer, GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+SEQUENCE_LENGTH = 256
+MUON_LR, ADAM_LR = 0.02, 4e-3
+WARM_UP, DECAY_FROM = 0.03, 0.3
+MUON_MOMENTUM = 0.95
+SNAPSHOT_FIRST_MINUTES, SNAPSHOT_EVERY_MINUTES = 8, 15
+
+
+def build_model(seed: int) -> Qwen3MoeForCausalLM:
+    """The model with random weights, in float32, on the fast expert routine."""
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=768,
+        moe_intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=24,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        router_aux_loss_coef=0.003,
+        use_cache=True,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    model.set_experts_implementation(EXPERTS_NAME)
+    return model
+
+
+def learning_rate_factor(progress: float) -> float:
+    """Share of the peak rate at a share of the run: warm up, hold, then fall in a line to zero."""
+    if progress < WARM_UP:
+        return max(progress / WARM_UP, 0.02)
+    return min(1.0, max(0.0, (1 - progress) / (1 - DECAY_FROM)))
+
+
+class Batches:
+    """Equal numbers of rows per domain; each domain is read in a seeded order of its rows, again if it ends."""
+
+    def __init__(self, data: TokenData, rows: int, seed: int) -> None:
+        self._streams = list(data.streams.values())
+        self._rows, self._seed = rows, seed
+        self._orders = [self._order(index, 0) for index in range(len(self._streams))]
+
+    def _order(self, domain: int, epoch: int) -> np.ndarray:
+        rows = len(self._streams[domain]) // SEQUENCE_LENGTH
+        return np.random.default_rng((self._seed, domain, epoch)).permutation(rows)
+
+    def batch(self, step: int) -> torch.Tensor:
+        """The rows of one step: a function of the step alone, so that a resumed run goes on unchanged."""
+        rows = []
+        for domain, stream in enumerate(self._streams):
+            for position in range(step * self._rows, (step + 1) * self._rows):
+                epoch, place = divmod(position, len(self._orders[domain]))
+                order = self._orders[domain] if epoch == 0 else self._order(domain, epoch)
+                start = order[place] * SEQUENCE_LENGTH
+                rows.append(stream[start : start + SEQUENCE_LENGTH])
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def optimizers(model: Qwen3MoeForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the projections, AdamW for embeddings, routers and norms."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        plain = parameter.dim() < 2 or "embed" in name or name.endswith("mlp.gate.weight")
+        (others if plain else matrices).append(parameter)
+    return [
+        Muon(matrices, lr=MUON_LR, momentum=MUON_MOMENTUM),
+        torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+def save_model(model: Qwen3MoeForCausalLM, folder: Path) -> None:
+    """Write the weights in bf16 under the standard per-expert names, with the generation settings."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end, turn_end = tokenizer.convert_tokens_to_ids([END_OF_TEXT, TURN_END])
+    written = Qwen3MoeForCausalLM(model.config)
+    written.load_state_dict(model.state_dict())
+    written = written.to(torch.bfloat16)
+    written.config.bos_token_id, written.config.pad_token_id = end, end
+    written.config.eos_token_id = turn_end
+    written.generation_config = GenerationConfig(
+        bos_token_id=end, pad_token_id=end, eos_token_id=[turn_end, end], do_sample=True, temperature=0.7, top_p=0.9
+    )
+    written.save_pretrained(folder)
+
+
+def machine() -> str:
+    """The processor this runs on, in words."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def train(args: argparse.Namespace, data: TokenData, say: Callable[[str], None]) -> dict:
+    """Train for the minutes asked, resuming a stopped run; returns the figures of the run."""
+    model = build_model(args.seed)
+    steppers = optimizers(model)
+    batches = Batches(data, args.rows, args.seed)
+    checkpoint = args.work / "checkpoint.pt"
+    step, before = 0, 0.0
+    if checkpoint.exists():
+        stored = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(stored["model"])
+        for stepper, state in zip(steppers, stored["steppers"], strict=True):
+            stepper.load_state_dict(state)
+        step, before = stored["step"], stored["seconds"]
+        say(f"resumed at step {step}, {before / 60:.1f} min")
+    began, budget = time.monotonic() - before, args.minutes * 60
+    next_snapshot = SNAPSHOT_FIRST_MINUTES * 60 if before == 0 else before + SNAPSHOT_EVERY_MINUTES * 60
+    rows, tokens_per_step = len(data.streams) * args.rows, len(data.streams) * args.rows * SEQUENCE_LENGTH
+    while (seconds := time.monotonic() - began) < budget:
+        factor = learning_rate_factor(seconds / budget)
+        for stepper, peak in zip(steppers, (MUON_LR, ADAM_LR), strict=True):
+            stepper.param_groups[0]["lr"] = peak * factor
+        batch = batches.batch(step)
+        loss = torch.zeros(())
+        for part in batch.split(args.micro_rows):
+            output = model(input_ids=part, labels=part, output_router_logits=True, use_cache=False)
+            (output.loss * len(part) / rows).backward()
+            balance = model.config.router_aux_loss_coef * output.aux_loss.detach()
+            loss += (output.loss.detach() - balance) * len(part) / rows
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for stepper in steppers:
+            stepper.step()
+        model.zero_grad(set_to_none=True)
+        step += 1
+        if step % 10 == 0 or step < 4:
+            spent = time.monotonic() - began
+            rate = step * tokens_per_step / spent
+            say(f"step {step}  {spent / 60:.1f} min  loss {loss:.3f}  lr x{factor:.2f}  {rate:.0f} tok/s")
+        if time.monotonic() - began > next_snapshot:
+            next_snapshot += SNAPSHOT_EVERY_MINUTES * 60
+            state = {"model": model.state_dict(), "steppers": [stepper.state_dict() for stepper in steppers]}
+            torch.save(state | {"step": step, "seconds": time.monotonic() - began}, checkpoint)
+            if args.snapshot:
+                shutil.copytree(args.out, args.snapshot, dirs_exist_ok=True)
+                save_model(model, args.snapshot / "model")
+                say(f"snapshot written to {args.snapshot}")
+    save_model(model, args.out / "model")
+    seconds = time.monotonic() - began
+    return {
+        "minutes": round(seconds / 60, 1),
+        "steps": step,
+        "tokens": step * tokens_per_step,
+        "tokens_per_second": round(step * tokens_per_step / seconds),
+        "tokens_per_step": tokens_per_step,
+        "parameters": model.num_parameters(),
+        "machine": machine(),
+        "seed": args.seed,
+        "sources": data.sources,
+    }
