@@ -91,7 +91,13 @@ def cache_folder() -> Path:
 
 
 def tool_version(executable: Path) -> str:
-    """What ``--version`` says after "version:", or ``"unknown"``."""
+    """What ``--version`` says after "version:", or ``"unknown"``.
+
+    llama-quantize has no ``--version``: the server or llama-fit-params in its folder is asked instead.
+    """
+    if executable.name == EXECUTABLES["quantize"]:
+        others = (executable.with_name(EXECUTABLES[tool]) for tool in ("server", "fit_params"))
+        executable = next((path for path in others if path.is_file()), executable)
     try:
         done = subprocess.run([executable, "--version"], capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -184,13 +190,15 @@ def run_logged(
     log: Callable[[str], None],
     *,
     env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    keep_lines: int = 200,
     progress: Callable[[str], str | None] = lambda line: None,
 ) -> str:
     """Runs ``command``; at most every 10 s logs what ``progress`` makes of a line of its output.
 
-    Returns the last 200 lines of stdout and stderr together; a failure is an error with the last 15.
+    Returns the last ``keep_lines`` lines of stdout and stderr together; a failure is an error with the last 15.
     """
-    tail: deque[str] = deque(maxlen=200)
+    tail: deque[str] = deque(maxlen=keep_lines)
     told = time.monotonic()
     with subprocess.Popen(
         [str(part) for part in command],
@@ -200,6 +208,7 @@ def run_logged(
         text=True,
         errors="replace",
         env=env,
+        cwd=cwd,
     ) as process:
         assert process.stdout is not None
         try:

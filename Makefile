@@ -1,0 +1,37 @@
+# Two commands: `make demo` sets everything up and builds the demo; `make test` sets everything up and tests.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-all lint bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+setup: $(STAMP)
+	$(BIN)/reapc doctor --install
+
+demo: setup
+	$(BIN)/reapc build recipes/demo.toml
+
+test: setup
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: setup
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check reapc tests tools benchmarks
+	$(BIN)/ruff format --check reapc tests tools benchmarks
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/observe.py
+	$(BIN)/python benchmarks/prune.py
+	$(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,373 @@
+"""The passes in order: decide, observe, decide again, prune, quantize, verify, emit; each stage cached by key."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reapc import __version__
+from reapc.checkpoint.atomic import atomic_path, remove, require_room
+from reapc.checkpoint.reader import Checkpoint
+from reapc.checkpoint.source import fetch
+from reapc.errors import CannotBeDone, ReapcError
+from reapc.estimate import Estimate, estimate
+from reapc.observe.corpus import load_data
+from reapc.observe.observe import observe
+from reapc.observe.reference import read_reference
+from reapc.observe.scores import Scores, load_scores
+from reapc.plan import Plan
+from reapc.planner.search import make_plan
+from reapc.progress import Progress
+from reapc.prune.criteria import choose, dropped_share
+from reapc.prune.rewrite import check_scores, prune
+from reapc.recipe import Recipe
+from reapc.stages import StageCache, cache_root, digest_of
+from reapc.stream.tokens import Tokens
+from reapc.verify.fidelity import Fidelity, log_probs, measure
+from reapc.verify.fit import FitRow, check_fit
+
+# KL per share of saliency removed: measured on the demo model (docs/how-it-works.md, "The second decision").
+KL_PER_DROPPED_SHARE = 1.3
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build reports. ``fresh`` is False when the output was there already."""
+
+    output: Path
+    manifest: dict[str, Any]
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    recipe: Recipe
+    checkpoint: Checkpoint
+    calibration: Tokens
+    held_out: Tokens
+    scores: Scores | None
+
+
+def _tokens_digest(tokens: Tokens) -> str:
+    return hashlib.sha256(tokens.input_ids.tobytes() + tokens.mask.tobytes() + tokens.domain.tobytes()).hexdigest()
+
+
+def _split(recipe: Recipe, folder: Path, vocab: int) -> tuple[Tokens, Tokens]:
+    """Calibration and held-out tokens; without [verify] data, sequences that calibration does not use."""
+    calibration, verify = recipe.calibration, recipe.verify
+    own = verify.data != "auto"
+    wanted = calibration.sequences + (0 if own else verify.sequences)
+    tokens = load_data(folder, calibration.data, recipe.base, calibration.tokens, wanted, calibration.seed, vocab)
+    if own:
+        held_out = load_data(
+            folder, verify.data, recipe.base, calibration.tokens, verify.sequences, calibration.seed, vocab
+        )
+        return tokens, held_out
+    if tokens.sequences < 2:
+        raise ReapcError(
+            f"calibration.data = {calibration.data!r} has one sequence: none is left to verify with",
+            hint="give [verify] data, or more calibration text",
+        )
+    spare = max(1, min(verify.sequences, tokens.sequences // 3))
+    order = np.random.default_rng(calibration.seed).permutation(tokens.sequences)
+    return tokens.take(np.sort(order[spare:])), tokens.take(np.sort(order[:spare]))
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy")
+    return {"reapc": __version__, **{name: importlib.metadata.version(name) for name in names}}
+
+
+def _llamacpp_version() -> str:
+    from reapc.toolchain import find_llamacpp
+
+    return find_llamacpp().version
+
+
+def _build_key(inputs: _Inputs) -> str:
+    """Identity of the result: everything that its bytes depend on."""
+    recipe = inputs.recipe.model_dump(mode="json", exclude={"name", "base", "output", "model"})
+    return digest_of(
+        {
+            "recipe": recipe,
+            "model": inputs.checkpoint.digest,
+            "calibration": _tokens_digest(inputs.calibration),
+            "held_out": _tokens_digest(inputs.held_out),
+            "scores": digest_of(inputs.scores.to_json()) if inputs.scores else None,
+            "reapc": __version__,
+        }
+    )
+
+
+def existing_result(out: Path, key: str, recipe_name: str) -> dict[str, Any] | None:
+    """The manifest in ``out`` when it is this very result; None when ``out`` may be written.
+
+    A result of an earlier build of the same recipe may be replaced; anything else is refused, untouched."""
+    if not out.exists():
+        return None
+    refused = ReapcError(
+        f"{out}: holds something else, which is left untouched",
+        hint="choose another folder with --out, or move this one away",
+    )
+    if not out.is_dir():
+        raise refused
+    if not any(out.iterdir()):
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text())
+        files = {name: int(size) for name, size in manifest["files"].items()}
+        found = {str(p.relative_to(out)): p.stat().st_size for p in out.rglob("*") if p.is_file()}
+        found.pop("manifest.json")
+        ours = manifest["recipe_name"] == recipe_name and set(found) <= set(files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise refused from None
+    if not ours:
+        raise refused
+    return manifest if manifest["key"] == key and found == files else None
+
+
+class Build:
+    """One build of one recipe."""
+
+    def __init__(self, recipe: Recipe, progress: Progress, scores: Path | None = None) -> None:
+        self.progress = progress
+        self.start = time.monotonic()
+        folder = fetch(recipe.model.source, recipe.model.revision, recipe.base)
+        checkpoint = Checkpoint(folder)
+        self.first_plan = make_plan(recipe, checkpoint.spec, recipe.model.source)
+        given = load_scores(scores) if scores else None
+        if given and scores:
+            check_scores(given, checkpoint, scores)
+        calibration, held_out = _split(recipe, folder, checkpoint.spec.vocab_size)
+        self.inputs = _Inputs(recipe, checkpoint, calibration, held_out, given)
+        self.cache = StageCache(cache_root() / "stages", progress.log)
+
+    @property
+    def key(self) -> str:
+        return _build_key(self.inputs)
+
+    def expect(self) -> Estimate:
+        """Time, disk and memory that the build is expected to need."""
+        return estimate(self.inputs.checkpoint, self.first_plan, self.inputs.calibration, self.inputs.held_out)
+
+    def run(self, out: Path) -> BuildResult:
+        """Builds into ``out``; does nothing when this very result is there."""
+        inputs = self.inputs
+        manifest = existing_result(out, self.key, inputs.recipe.name)
+        if manifest is not None:
+            return BuildResult(out, manifest, fresh=False)
+        expected = self.expect()
+        self.progress.log(f"expected (estimate): {expected.describe()}")
+        require_room(self.cache.root, expected.disk_bytes, "the build's stages")
+        require_room(out.parent, self.first_plan.chosen.file_bytes, "the result")
+
+        scores, reference = self._observe()
+        plan = self._second_plan(scores)
+        kept = choose(scores, plan.criterion, plan.chosen.experts_kept)
+        pruned, pruned_key = self._prune(kept, plan)
+        result = self._quantize(pruned, pruned_key, plan)
+        fit = check_fit(result, plan)
+        fidelity = self._fidelity(result, reference)
+        self._check_thresholds(fidelity)
+        manifest = self._emit(out, plan, scores, result, fit, fidelity, kept)
+        return BuildResult(out, manifest, fresh=True)
+
+    def _observe(self) -> tuple[Scores, Path]:
+        inputs = self.inputs
+        depends = {
+            "model": inputs.checkpoint.digest,
+            "calibration": _tokens_digest(inputs.calibration),
+            "held_out": _tokens_digest(inputs.held_out),
+            "reapc": __version__,
+        }
+
+        def work(folder: Path, scratch: Path) -> None:
+            observed = observe(
+                inputs.checkpoint,
+                inputs.calibration,
+                scratch,
+                self.progress,
+                held_out=inputs.held_out,
+                reference=folder / "reference.safetensors",
+                moments=False,
+                model_name=inputs.recipe.model.source,
+            )
+            observed.save(folder / "scores.safetensors")
+
+        folder, _ = self.cache.run("observe", depends, work)
+        scores = inputs.scores or load_scores(folder / "scores.safetensors")
+        return scores, folder / "reference.safetensors"
+
+    def _second_plan(self, scores: Scores) -> Plan:
+        """The same planner with the damage of pruning read off the scores."""
+        criterion = self.first_plan.criterion
+
+        def measured(kept: int) -> float:
+            return KL_PER_DROPPED_SHARE * dropped_share(scores, criterion, kept)
+
+        plan = make_plan(self.inputs.recipe, self.inputs.checkpoint.spec, self.inputs.recipe.model.source, measured)
+        first, second = self.first_plan.chosen, plan.chosen
+        if (first.experts_kept, first.format) != (second.experts_kept, second.format):
+            self.progress.log(
+                f"plan: measured scores changed the decision from {first.experts_kept} experts {first.format} to "
+                f"{second.experts_kept} experts {second.format}"
+            )
+        return plan
+
+    def _prune(self, kept: dict[int, list[int]], plan: Plan) -> tuple[Path, str]:
+        """The pruned checkpoint (the source itself when every expert stays) and its key."""
+        checkpoint = self.inputs.checkpoint
+        if plan.chosen.experts_kept == checkpoint.spec.num_experts:
+            return checkpoint.folder, checkpoint.digest
+        depends = {"model": checkpoint.digest, "kept": {str(k): v for k, v in kept.items()}, "reapc": __version__}
+
+        def work(folder: Path, scratch: Path) -> None:
+            prune(checkpoint, kept, folder / "model", self.progress)
+
+        folder, key = self.cache.run("prune", depends, work)
+        return folder / "model", key
+
+    def _quantize(self, pruned: Path, pruned_key: str, plan: Plan) -> Path:
+        """The GGUF file, or the pruned folder when vLLM serves it as it is."""
+        if plan.chosen.engine == "vllm":
+            return pruned
+        from reapc.quantize import gguf
+
+        quantize, fmt = self.inputs.recipe.quantize, plan.chosen.format
+        tools = _llamacpp_version()
+        base_type = "f16" if fmt == "F16" else "bf16"
+        base_depends = {"model": pruned_key, "type": base_type, "pre": quantize.pre_tokenizer, "tools": tools}
+
+        def convert(folder: Path, scratch: Path) -> None:
+            gguf.convert(pruned, folder / "model.gguf", base_type, quantize.pre_tokenizer, log=self.progress.log)
+
+        base, base_key = self.cache.run("convert", base_depends, convert)
+        if fmt in ("BF16", "F16"):
+            return base / "model.gguf"
+        imatrix, imatrix_key = self._imatrix(pruned, pruned_key) if quantize.imatrix else (None, "")
+        depends = {"base": base_key, "imatrix": imatrix_key, "format": fmt, "tools": tools}
+
+        def work(folder: Path, scratch: Path) -> None:
+            threads = os.cpu_count() or 1
+            gguf.quantize(
+                base / "model.gguf", folder / "model.gguf", fmt, imatrix, threads=threads, log=self.progress.log
+            )
+
+        folder, _ = self.cache.run("quantize", depends, work)
+        return folder / "model.gguf"
+
+    def _imatrix(self, pruned: Path, pruned_key: str) -> tuple[Path, str]:
+        """The importance matrix, from the second moments of the pruned model's own routing."""
+        depends = {"model": pruned_key, "calibration": _tokens_digest(self.inputs.calibration), "reapc": __version__}
+
+        def work(folder: Path, scratch: Path) -> None:
+            from reapc.quantize.imatrix import write_from_scores
+
+            scores = observe(Checkpoint(pruned), self.inputs.calibration, scratch, self.progress, moments=True)
+            write_from_scores(folder / "imatrix.gguf", scores, self.inputs.calibration)
+
+        folder, key = self.cache.run("imatrix", depends, work)
+        return folder / "imatrix.gguf", key
+
+    def _fidelity(self, result: Path, reference: Path) -> Fidelity:
+        held_out = self.inputs.held_out
+        scratch = self.cache.root / f"verify-{os.getpid()}.work"
+        try:
+            results = log_probs(result, held_out, scratch, self.progress)
+            return measure(held_out, read_reference(reference), results)
+        finally:
+            remove(scratch)
+
+    def _check_thresholds(self, fidelity: Fidelity) -> None:
+        limits = self.inputs.recipe.verify
+        ratio = fidelity.perplexity_b / fidelity.perplexity_a
+        failures = []
+        if limits.max_kl is not None and fidelity.kl > limits.max_kl:
+            failures.append(f"KL {fidelity.kl:.5f} is {fidelity.kl - limits.max_kl:.5f} above max_kl {limits.max_kl}")
+        if limits.min_top1 is not None and fidelity.top1 < limits.min_top1:
+            failures.append(
+                f"top-1 {fidelity.top1:.4f} is {limits.min_top1 - fidelity.top1:.4f} below min_top1 {limits.min_top1}"
+            )
+        if limits.max_perplexity_ratio is not None and ratio > limits.max_perplexity_ratio:
+            failures.append(
+                f"perplexity ratio {ratio:.4f} is {ratio - limits.max_perplexity_ratio:.4f} above "
+                f"max_perplexity_ratio {limits.max_perplexity_ratio}"
+            )
+        if failures:
+            raise CannotBeDone(
+                "the result is worse than [verify] allows: " + "; ".join(failures),
+                hint="allow more memory, more experts or bits, or relax [verify]; nothing was written to the output",
+            )
+
+    def _emit(
+        self,
+        out: Path,
+        plan: Plan,
+        scores: Scores,
+        result: Path,
+        fit: list[FitRow],
+        fidelity: Fidelity,
+        kept: dict[int, list[int]],
+    ) -> dict[str, Any]:
+        from reapc.emit import write_scripts
+
+        inputs = self.inputs
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        with atomic_path(out) as partial:
+            partial.mkdir(parents=True)
+            if result.is_file():
+                name = "model.gguf"
+                _place(result, partial / name)
+            else:
+                name = "model"
+                for path in sorted(p for p in result.rglob("*") if p.is_file()):
+                    _place(path, partial / name / path.relative_to(result))
+            scores.save(partial / "scores.safetensors")
+            plans = {"from_prior": self.first_plan.to_json(), "from_scores": plan.to_json()}
+            (partial / "plan.json").write_text(json.dumps(plans, indent=2) + "\n")
+            write_scripts(partial, plan, name, inputs.recipe)
+            files = {str(p.relative_to(partial)): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
+            manifest = {
+                "key": self.key,
+                "recipe_name": inputs.recipe.name,
+                "recipe": inputs.recipe.model_dump(mode="json"),
+                "model": {"source": inputs.recipe.model.source, "digest": inputs.checkpoint.digest},
+                "calibration": {"source": inputs.calibration.source, "tokens": inputs.calibration.count},
+                "held_out": {"source": inputs.held_out.source, "tokens": inputs.held_out.count},
+                "experts_kept": plan.chosen.experts_kept,
+                "kept": {str(layer): experts for layer, experts in kept.items()},
+                "never_routed": {str(layer): experts for layer, experts in scores.never_routed().items()},
+                "format": plan.chosen.format,
+                "engine": plan.chosen.engine,
+                "artifact": name,
+                "fit": [row.__dict__ for row in fit],
+                "fidelity": fidelity.to_json(),
+                "stage_seconds": self.cache.seconds,
+                "reused": self.cache.reused,
+                "seconds": time.monotonic() - self.start,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": {**_versions(), "llama.cpp": _llamacpp_version()},
+                "files": files,
+            }
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        return manifest
+
+
+def _place(source: Path, target: Path) -> None:
+    """A hard link where the disk allows it, else a copy; the cache's file is never written to again."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)

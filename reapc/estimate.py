@@ -1,0 +1,74 @@
+"""What a build is expected to need before it starts: seconds, disk and memory. An estimate, and called one."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from reapc.checkpoint.reader import Checkpoint
+from reapc.observe.observe import disk_bytes
+from reapc.plan import Plan
+from reapc.stream.run import TOKENS_PER_BATCH
+from reapc.stream.tokens import Tokens
+from reapc.units import format_bytes, format_seconds
+
+# Shares of a large matrix product's rate that passes reach; measured on the demo model, two cores.
+_FORWARD_EFFICIENCY = 0.35
+_COPY_BYTES_PER_SECOND = 300e6
+_QUANTIZE_WEIGHTS_PER_SECOND_AND_CORE = 4e6
+_BASE_MEMORY_BYTES = 600 << 20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """``seconds``, ``disk_bytes`` (stages and result together) and ``memory_bytes`` (peak of one pass)."""
+
+    seconds: float
+    disk_bytes: int
+    memory_bytes: int
+
+    def describe(self) -> str:
+        return (
+            f"about {format_seconds(self.seconds)}, {format_bytes(self.disk_bytes)} of disk, "
+            f"{format_bytes(self.memory_bytes)} of memory"
+        )
+
+
+def _matmul_rate() -> float:
+    """FLOP per second of a matrix product on this machine, timed for a few milliseconds."""
+    a = np.ones((512, 512), np.float32)
+    a @ a
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.05:
+        a @ a
+        count += 1
+    return 2 * 512**3 * count / (time.perf_counter() - start)
+
+
+def estimate(checkpoint: Checkpoint, plan: Plan, calibration: Tokens, held_out: Tokens) -> Estimate:
+    """The needs of a build of ``plan``: two observations, a verification, and the copies between."""
+    spec, chosen = checkpoint.spec, plan.chosen
+    roles = spec.parameters_by_role()
+    active = spec.parameters - roles.get("embedding", 0) - roles["expert"] * (1 - spec.top_k / spec.num_experts)
+    tokens = 2 * calibration.count + 2 * held_out.count
+    quantized = chosen.engine == "llama.cpp" and chosen.format not in ("BF16", "F16")
+    pruned_spec = spec.with_experts(chosen.experts_kept)
+    share = pruned_spec.parameters / spec.parameters
+    pruned_bytes = round(checkpoint.bytes * share) if chosen.experts_kept < spec.num_experts else 0
+    base_bytes = 2 * pruned_spec.parameters if chosen.engine == "llama.cpp" else 0
+    seconds = 2 * active * tokens / (_matmul_rate() * _FORWARD_EFFICIENCY) + 10
+    seconds += (2 * checkpoint.bytes + pruned_bytes + base_bytes + chosen.file_bytes) / _COPY_BYTES_PER_SECOND
+    if quantized:
+        seconds += pruned_spec.parameters / (_QUANTIZE_WEIGHTS_PER_SECOND_AND_CORE * (os.cpu_count() or 1))
+    reference = 4 * held_out.input_ids.size * min(spec.vocab_size, 512)
+    disk = disk_bytes(checkpoint, calibration, held_out) + reference + pruned_bytes + base_bytes + chosen.file_bytes
+    layer = max(
+        sum(t.parameters for t in layer.tensors if t.role != "expert")
+        + max((t.parameters for t in layer.tensors if t.role == "expert"), default=0) * 3
+        for layer in spec.layers
+    )
+    batch = TOKENS_PER_BATCH * (spec.hidden_size * 12 + spec.expert_intermediate_size * 4)
+    return Estimate(seconds, round(disk * 1.05), _BASE_MEMORY_BYTES + 4 * (layer + batch))

@@ -1,0 +1,179 @@
+"""GGUF out of a checkpoint: llama.cpp's converter and quantizer, and its importance matrix file."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from reapc.checkpoint.atomic import atomic_path
+from reapc.errors import CannotBeDone, ReapcError
+from reapc.toolchain import require, run_logged
+
+Log = Callable[[str], None]
+
+_UNKNOWN_HASH = re.compile(r"chkhsh:\s*([0-9a-f]{64})")
+_TENSOR_LINE = re.compile(
+    r"^\[\s*\d+/\s*\d+\]\s+\S+\s+-\s+\[([\d, ]+)\], type =\s*(\w+),\s+size =.*?MiB(?: ->\s*[\d.]+ MiB \((\w+)\))?"
+)
+_STEP = re.compile(r"^(\[\s*\d+/\s*\d+\])\s+(\S+)")
+
+
+def _quiet(line: str) -> None:
+    """Drops the line."""
+
+
+def convert(
+    checkpoint: Path, out: Path, outtype: str = "bf16", pre_tokenizer: str | None = None, log: Log = _quiet
+) -> None:
+    """Writes ``checkpoint`` (a Hugging Face folder) to ``out`` as GGUF of ``outtype`` (f32, f16, bf16, q8_0).
+
+    A tokenizer whose hash llama.cpp does not know is an error that asks for ``pre_tokenizer``.
+    """
+    converter = require("convert")
+    unknown_hashes: list[str] = []
+
+    def note_hash(line: str) -> None:
+        if match := _UNKNOWN_HASH.search(line):
+            unknown_hashes.append(match.group(1))
+
+    script = Path(__file__).with_name("_convert_main.py")
+    with atomic_path(out.absolute()) as partial:
+        command = [sys.executable, "-P", script, converter, pre_tokenizer or "", checkpoint.absolute()]
+        env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        try:
+            command += ["--outfile", partial, "--outtype", outtype]
+            run_logged(command, "the GGUF conversion", log, env=env, progress=note_hash)
+        except CannotBeDone as error:
+            if not unknown_hashes:
+                raise
+            raise ReapcError(
+                f"{checkpoint}: llama.cpp does not know this tokenizer's pre-tokenizer (hash {unknown_hashes[0]})",
+                hint='name the rule that splits text in the recipe, e.g. quantize.pre_tokenizer = "qwen2"',
+            ) from error
+        _sync(partial)
+
+
+def quantize(
+    source: Path, out: Path, ftype: str, imatrix: Path | None = None, threads: int = 0, log: Log = _quiet
+) -> None:
+    """Quantizes a GGUF to ``ftype`` (llama.cpp's name, e.g. Q4_K_M); ``threads`` 0 takes every core."""
+
+    def step(line: str) -> str | None:
+        match = _STEP.match(line)
+        return f"quantizing {match.group(1)} {match.group(2)}" if match else None
+
+    with atomic_path(out.absolute()) as partial:
+        options, cwd = _imatrix_options(imatrix)
+        command = [require("quantize"), *options, source.absolute(), partial, ftype]
+        run_logged(
+            [*command, str(threads or os.cpu_count() or 1)], f"llama-quantize to {ftype}", log, cwd=cwd, progress=step
+        )
+        _sync(partial)
+
+
+def dry_run_bytes(source: Path, ftype: str, imatrix: Path | None = None) -> int | None:
+    """Bytes of tensor data that quantizing would give, without the file's header; None if unreadable.
+
+    llama-quantize prints sizes in MiB with two decimals: they are computed here, exactly, from the shape
+    and the type that it prints for every tensor.
+    """
+    options, cwd = _imatrix_options(imatrix)
+    command = [require("quantize"), "--dry-run", *options, source.absolute(), ftype]
+    output = run_logged(command, f"llama-quantize --dry-run to {ftype}", _quiet, cwd=cwd, keep_lines=1_000_000)
+    total_bytes = tensors = 0
+    for line in output.splitlines():
+        if not (match := _TENSOR_LINE.match(line)):
+            continue
+        shape = [int(part) for part in match.group(1).split(",")]
+        name = (match.group(3) or match.group(2)).upper()
+        if name not in gguf.GGMLQuantizationType.__members__:
+            return None
+        block_weights, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+        total_bytes += prod(shape) // block_weights * block_bytes
+        tensors += 1
+    announced = sum(1 for line in output.splitlines() if _STEP.match(line))
+    return total_bytes if tensors and tensors == announced else None
+
+
+def _imatrix_options(imatrix: Path | None) -> tuple[list[str | Path], Path | None]:
+    """Options and working folder: the quantizer stores the name as given, so no local path goes into the file."""
+    if imatrix is None:
+        return [], None
+    return ["--imatrix", imatrix.name], imatrix.absolute().parent
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+class _ImatrixWriter(gguf.GGUFWriter):
+    """A GGUF writer that stores no ``general.architecture``: llama-imatrix writes none."""
+
+    def add_architecture(self) -> None:
+        """Stores nothing."""
+
+
+def write_imatrix(
+    out: Path,
+    entries: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    chunk_count: int,
+    chunk_size: int,
+    datasets: list[str],
+) -> None:
+    """Writes llama.cpp's importance matrix; ``entries`` maps GGUF tensor names to (in_sum2, counts).
+
+    in_sum2 is the sum over tokens of the squared inputs, (n_in,) or (n_expert, n_in); counts the number of
+    tokens, one or (n_expert,). An expert without tokens is stored as zeros, as llama-imatrix does: the
+    quantizer weighs its inputs equally. ``chunk_size`` is in tokens; ``datasets`` names the corpora.
+    """
+    if not entries or not datasets:
+        raise ReapcError("an importance matrix needs at least one tensor and the name of its corpus")
+    with atomic_path(out.absolute()) as partial:
+        writer = _ImatrixWriter(partial, "imatrix")
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", datasets)
+        writer.add_uint32("imatrix.chunk_count", chunk_count)
+        writer.add_uint32("imatrix.chunk_size", chunk_size)
+        for name in sorted(entries):
+            in_sum2, counts = (np.asarray(part) for part in entries[name])
+            rows = np.atleast_2d(in_sum2).astype(np.float32)
+            column = counts.reshape(-1, 1).astype(np.float32)
+            if len(rows) != len(column):
+                raise ReapcError(f"{name}: {len(rows)} rows of squared inputs, but {len(column)} counts")
+            if not (np.isfinite(rows).all() and np.isfinite(column).all()):
+                raise ReapcError(f"{name}: the squared inputs or counts are not finite", exit_code=1)
+            writer.add_tensor(f"{name}.in_sum2", rows)
+            writer.add_tensor(f"{name}.counts", column)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        _sync(partial)
+
+
+@functools.cache
+def _name_map(layers: int) -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, layers)
+
+
+def imatrix_name(hf_module: str) -> str:
+    """The GGUF tensor of a linear layer of qwen3_moe, e.g. ``blk.3.attn_q.weight``.
+
+    An expert's module (``model.layers.3.mlp.experts.7.up_proj``) and the stacked one
+    (``model.layers.3.mlp.experts.up_proj``) both name the stack ``blk.3.ffn_up_exps.weight``.
+    """
+    merged = re.sub(r"\.experts\.\d+\.", ".experts.", hf_module.removesuffix(".weight"))
+    layer = re.search(r"\.layers\.(\d+)\.", merged)
+    name = _name_map(int(layer.group(1)) + 1 if layer else 1).get_name(merged)
+    if name is None:
+        raise ReapcError(f"{hf_module}: llama.cpp's qwen3moe has no tensor of this name")
+    return f"{name}.weight"
