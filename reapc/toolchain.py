@@ -157,7 +157,7 @@ def find_llamacpp() -> LlamaCpp:
 
 
 def require(tool_name: str) -> Path:
-    """The path of ``quantize``, ``server``, ``fit_params``, ``convert`` or ``lib_dir``; an error where it is missing."""
+    """The path of ``quantize``, ``server``, ``fit_params``, ``convert`` or ``lib_dir``, or an error."""
     path: Path | None = getattr(find_llamacpp(), tool_name)
     if path is None:
         raise CannotBeDone(
@@ -314,7 +314,8 @@ def _download(partial: Path, log: Callable[[str], None]) -> Path:
 def _build(cmake: Path, ninja: Path, tree: Path, build: Path, log: Callable[[str], None]) -> None:
     jobs = os.cpu_count() or 1
     log(f"configuring and building llama.cpp with {jobs} jobs")
-    configure = [cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", *_CMAKE_FLAGS, "-S", tree, "-B", build]
+    configure: list[str | Path] = [cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", *_CMAKE_FLAGS]
+    configure += ["-S", tree, "-B", build]
     run_logged(configure, "cmake", log)
 
     def steps(line: str) -> str | None:

@@ -49,7 +49,7 @@ def test_path_comes_before_the_cache(empty_cache: Path, tmp_path: Path, monkeypa
 
 
 def test_missing_tool_names_the_command_that_installs_it(empty_cache: Path) -> None:
-    with pytest.raises(ReapcError, match="llama-quantize.*(\n.*)*reapc doctor --install") as caught:
+    with pytest.raises(ReapcError, match=r"llama-quantize.*(\n.*)*reapc doctor --install") as caught:
         toolchain.require("quantize")
     assert caught.value.exit_code == 1
 
@@ -79,7 +79,7 @@ def test_interrupted_install_leaves_nothing(
 
 def test_missing_compiler_says_what_to_install(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain, "find_cxx_compiler", lambda: None)
-    with pytest.raises(ReapcError, match="apt-get install g\\+\\+"):
+    with pytest.raises(ReapcError, match=r"apt-get install g\+\+"):
         toolchain.install_llamacpp(lambda line: None)
 
 
@@ -91,7 +91,7 @@ def test_unwritable_cache_names_the_variable(tmp_path: Path, monkeypatch: pytest
 
 
 def test_failing_command_carries_its_last_lines() -> None:
-    with pytest.raises(ReapcError, match="exit 3.*\n.*the reason"):
+    with pytest.raises(ReapcError, match=r"exit 3.*\n.*the reason"):
         toolchain.run_logged(["sh", "-c", "echo the reason; exit 3"], "it", lambda line: None)
 
 
@@ -101,7 +101,8 @@ def test_doctor_json() -> None:
     assert result.exit_code == (0 if report["gguf_road"] else 1)
     assert report["cache"]["free_bytes"] > 0
     names = {row["name"]: row for row in report["findings"]}
-    assert names["numpy"]["present"] and names["numpy"]["version"]
+    assert names["numpy"]["present"]
+    assert names["numpy"]["version"]
     assert {"llama-quantize", "llama-server", "convert_hf_to_gguf.py", "vllm", "cmake"} <= set(names)
     assert all(row["present"] == (row["cost"] == "") for row in report["findings"])
 
@@ -109,4 +110,5 @@ def test_doctor_json() -> None:
 def test_doctor_without_tools_says_what_they_cost(empty_cache: Path) -> None:
     result = CliRunner().invoke(command, [])
     assert result.exit_code == 1
-    assert "no GGUF from a checkpoint" in result.output and "reapc doctor --install" in result.output
+    assert "no GGUF from a checkpoint" in result.output
+    assert "reapc doctor --install" in result.output

@@ -154,6 +154,8 @@ def _english(sources: _Sources) -> Iterator[tuple[str, str]]:
     for name, text in _files(help_root, {".rst"}, set(), 60_000) if help_root else ():
         yield name, _prose_paragraphs(text)
     for info in sorted(sources.packages.glob("*.dist-info")):
+        distribution, _, version = info.name.removesuffix(".dist-info").rpartition("-")
+        sources.used.setdefault(distribution, version)
         for name, text in _files(info, {".txt", ".md", ".rst", ""}, {"sboms"}, 30_000):
             if not name.endswith(("RECORD", "WHEEL", "INSTALLER", "REQUESTED")):
                 yield name, _prose_paragraphs(text)

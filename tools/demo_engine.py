@@ -15,7 +15,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to reuse freed memory: fresh pages for every activation cost a fifth of the step."""
+    """Ask glibc to reuse freed memory, so that activations do not fault in fresh pages at every step."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -28,7 +28,7 @@ class _SortedExperts(torch.autograd.Function):
     """The experts' MLPs over tokens sorted by expert, with gathers (no scatter) in both directions."""
 
     @staticmethod
-    def forward(ctx, hidden, weights, gate_up, down, order, inverse, bounds):  # noqa: D102
+    def forward(ctx, hidden, weights, gate_up, down, order, inverse, bounds):
         tokens, top_k = weights.shape
         sorted_hidden = hidden[order // top_k]
         projected = hidden.new_empty(len(order), gate_up.shape[1])
@@ -45,7 +45,7 @@ class _SortedExperts(torch.autograd.Function):
         return torch.bmm(weights.unsqueeze(1), per_token).squeeze(1)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         sorted_hidden, weights, gate_up, down, order, inverse, projected, inner, per_token = ctx.saved_tensors
         tokens, top_k = weights.shape
         grad_weights = torch.bmm(per_token, grad.unsqueeze(2)).squeeze(2)
@@ -75,9 +75,7 @@ def sorted_experts(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     inverse[order] = torch.arange(len(order))
     stops = torch.bincount(flat, minlength=self.num_experts).cumsum(0).tolist()
     bounds = list(zip([0, *stops[:-1]], stops, strict=True))
-    return _SortedExperts.apply(
-        hidden_states, top_k_weights, self.gate_up_proj, self.down_proj, order, inverse, bounds
-    )
+    return _SortedExperts.apply(hidden_states, top_k_weights, self.gate_up_proj, self.down_proj, order, inverse, bounds)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, sorted_experts)

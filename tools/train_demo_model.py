@@ -1,6 +1,6 @@
 """Train the demonstration model: a small, real Qwen3-MoE, from text that a Python installation carries.
 
-    .venv/bin/python tools/train_demo_model.py --minutes 75 --out demo
+Run it as ``.venv/bin/python tools/train_demo_model.py --minutes 75 --out demo``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from demo_card import write_card
 from demo_data import END_OF_TEXT, MAX_POSITIONS, TURN_END, VOCABULARY, TokenData, prepare
 from demo_engine import EXPERTS_NAME, Muon, keep_freed_memory
 from transformers import AutoTokenizer, GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -183,3 +184,45 @@ def train(args: argparse.Namespace, data: TokenData, say: Callable[[str], None])
         "seed": args.seed,
         "sources": data.sources,
     }
+
+
+def main() -> int:
+    """Read the command line, train, and write the model, its token files and its card."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to write (default: demo)")
+    parser.add_argument("--work", type=Path, default=Path("build/demo"), help="token streams and checkpoint")
+    parser.add_argument("--snapshot", type=Path, help="also write the model here while training goes on")
+    parser.add_argument("--minutes", type=float, default=75, help="training time (default: 75)")
+    parser.add_argument("--rows", type=int, default=16, help="sequences per domain and step (default: 16)")
+    parser.add_argument("--micro-rows", type=int, default=32, help="sequences computed at once (default: 32)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--card-only", action="store_true", help="evaluate a finished run again, without training")
+    args = parser.parse_args()
+    if min(args.minutes, args.rows, args.micro_rows, args.threads) <= 0:
+        parser.error("--minutes, --rows, --micro-rows and --threads must be above zero")
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    figures = args.work / "training.json"
+    try:
+        args.work.mkdir(parents=True, exist_ok=True)
+        data = prepare(args.out, args.work, args.seed, _say)
+        if not args.card_only:
+            figures.write_text(json.dumps(train(args, data, _say)), encoding="utf-8")
+            (args.work / "checkpoint.pt").unlink(missing_ok=True)
+        command = f".venv/bin/python tools/train_demo_model.py --minutes {args.minutes:g} --out {args.out}"
+        card = write_card(args.out, json.loads(figures.read_text(encoding="utf-8")), data, command)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for name, row in card["held_out"].items():
+        _say(f"{name}: perplexity {row['perplexity']} (unigram {row['unigram_perplexity']})")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -37,7 +37,7 @@ def _groups(columns: int, group_size: int) -> int:
 
 
 def gptq_linear_bytes(rows: int, columns: int, bits: int, group_size: int, *, g_idx: bool) -> int:
-    """qweight int32 (in*bits/32, out), scales fp16 (groups, out), qzeros int32 (groups, out*bits/32), g_idx int32 (in)."""
+    """qweight int32 (in*bits/32, out), scales fp16 (groups, out), qzeros int32 (groups, out*bits/32), g_idx (in)."""
     if columns * bits % 32 or rows * bits % 32:
         raise ReapcError(f"a {rows} x {columns} linear does not pack into int32 at {bits} bits")
     groups = _groups(columns, group_size)

@@ -46,10 +46,10 @@ def convert(
 
     script = Path(__file__).with_name("_convert_main.py")
     with atomic_path(out.absolute()) as partial:
-        command = [sys.executable, "-P", script, converter, pre_tokenizer or "", checkpoint.absolute()]
+        command: list[str | Path] = [sys.executable, "-P", script, converter, pre_tokenizer or ""]
         env = {**os.environ, "HF_HUB_OFFLINE": "1"}
         try:
-            command += ["--outfile", partial, "--outtype", outtype]
+            command += [checkpoint.absolute(), "--outfile", partial, "--outtype", outtype]
             run_logged(command, "the GGUF conversion", log, env=env, progress=note_hash)
         except CannotBeDone as error:
             if not unknown_hashes:

@@ -25,9 +25,10 @@ def load_bindings(folder: str) -> Any:
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Row-wise, the sum in float64."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
+    shifted: np.ndarray = logits - logits.max(axis=-1, keepdims=True)
     total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
-    return shifted - np.log(total).astype(np.float32)
+    shifted -= np.log(total).astype(np.float32)
+    return shifted
 
 
 def stream(lib: Any, model_path: str, ids: np.ndarray, lengths: np.ndarray, threads: int, out: BinaryIO) -> None:

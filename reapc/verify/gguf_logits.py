@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -44,7 +44,8 @@ def _lengths(ids: np.ndarray, attention_mask: np.ndarray | None) -> np.ndarray:
     mask = np.asarray(attention_mask).astype(bool)
     if mask.shape != ids.shape or (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ReapcError("attention_mask must have the shape of input_ids and mask the end of sequences only")
-    return mask.sum(axis=1).astype(np.int32)
+    lengths: np.ndarray = mask.sum(axis=1).astype(np.int32)
+    return lengths
 
 
 def _stream(
@@ -78,9 +79,9 @@ def _stream(
                 process.kill()
 
 
-def _read(process: subprocess.Popen[bytes], pipe: BinaryIO, errors: BinaryIO, into: np.ndarray) -> np.ndarray:
+def _read(process: subprocess.Popen[bytes], pipe: IO[bytes], errors: IO[bytes], into: np.ndarray) -> np.ndarray:
     """Fills ``into``; a worker that ends before is an error with the last lines that it wrote."""
-    view = memoryview(into).cast("B") if into.size else memoryview(b"")
+    view = memoryview(into.data).cast("B") if into.size else memoryview(b"")
     done = 0
     while done < len(view):
         count = pipe.readinto(view[done:])  # type: ignore[attr-defined]

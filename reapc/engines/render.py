@@ -1,0 +1,32 @@
+"""Renders launch scripts. Every value passes through shlex.quote; comments lose their line breaks."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from reapc.plan import Plan
+
+
+def _comment(value: object) -> str:
+    """``value`` on one line, printable characters only."""
+    return "".join(c if c.isprintable() else " " for c in str(value))
+
+
+def server_name(plan: Plan) -> str:
+    """The name that the API reports: the last part of the model's name, with only plain characters."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", plan.model.rstrip("/").rsplit("/", 1)[-1]).strip("-") or "model"
+
+
+def render(template: str, values: dict[str, Any]) -> str:
+    """The script; a value that the template misses is an error."""
+    environment = Environment(
+        loader=PackageLoader("reapc.engines"), undefined=StrictUndefined, keep_trailing_newline=True,
+        trim_blocks=True, lstrip_blocks=True, autoescape=False,
+    )  # fmt: skip
+    environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    environment.filters["comment"] = _comment
+    return environment.get_template(template).render(values)
