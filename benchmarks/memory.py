@@ -25,7 +25,7 @@ def anonymous_bytes() -> int:
     raise SystemExit("this benchmark reads RssAnon from /proc (Linux)")
 
 
-def peak_of(work) -> int:  # noqa: ANN001
+def peak_of(work) -> int:
     """Bytes above the baseline while ``work()`` runs."""
     base = peak = anonymous_bytes()
     done = threading.Event()
@@ -45,14 +45,14 @@ def peak_of(work) -> int:  # noqa: ANN001
 
 
 def child(which: str, folder: Path) -> None:
+    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+
     from reapc.checkpoint.reader import Checkpoint
     from reapc.observe.observe import observe
     from reapc.progress import Silent
     from reapc.prune.rewrite import prune
     from reapc.stream import StreamedModel  # noqa: F401
     from reapc.stream.tokens import Tokens
-
-    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
     checkpoint = Checkpoint(folder)
     ids = np.random.default_rng(0).integers(0, 2048, (16, 512)).astype(np.int32)

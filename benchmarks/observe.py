@@ -1,6 +1,6 @@
 """`observe` against a plain transformers forward: same model, tokens, threads and dtype, one run. Prints a ratio.
 
-    .venv/bin/python benchmarks/observe.py
+.venv/bin/python benchmarks/observe.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`prune` against `cp` plus fsync of the bytes that it keeps, one run, warm file cache. Prints a ratio.
 
-    .venv/bin/python benchmarks/prune.py
+.venv/bin/python benchmarks/prune.py
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ def write_scripts(folder: Path, plan: Plan, model: str, recipe: Recipe) -> None:
             recipe,
             server_hint=str(tools.server) if tools.server else None,
             python_hint=sys.executable,
+            bindings_hint=str(tools.bindings) if tools.bindings else None,
+            lib_hint=str(tools.lib_dir) if tools.lib_dir else None,
         )
     script = folder / "serve.sh"
     script.write_text(text)

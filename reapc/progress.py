@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 Advance = Callable[[float], None]
@@ -12,17 +12,11 @@ Advance = Callable[[float], None]
 class Progress(Protocol):
     """Receives tasks and remarks of a pass."""
 
-    def task(self, name: str, total: float, unit: str) -> AbstractTask: ...
+    def task(self, name: str, total: float, unit: str) -> AbstractContextManager[Advance]:
+        """A context that yields the function to call with each amount done."""
 
-    def log(self, line: str) -> None: ...
-
-
-class AbstractTask(Protocol):
-    """A context that yields the function to call with each amount done."""
-
-    def __enter__(self) -> Advance: ...
-
-    def __exit__(self, *_: object) -> bool | None: ...
+    def log(self, line: str) -> None:
+        """Shows one remark."""
 
 
 class Silent:

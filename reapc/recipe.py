@@ -26,7 +26,7 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
-Ratio = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1, strict=False)]
+Ratio = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
 
 
 class ModelSection(_Section):
@@ -34,7 +34,6 @@ class ModelSection(_Section):
 
     source: str = Field(min_length=1)
     revision: str | None = None
-    trust_remote_code: bool = False
 
 
 class ServeSection(_Section):
@@ -82,9 +81,9 @@ class VerifySection(_Section):
 
     data: str = "auto"
     sequences: int = Field(default=64, ge=1)
-    max_kl: float | None = Field(default=None, gt=0, strict=False)
-    min_top1: float | None = Field(default=None, ge=0, le=1, strict=False)
-    max_perplexity_ratio: float | None = Field(default=None, ge=1, strict=False)
+    max_kl: float | None = Field(default=None, gt=0)
+    min_top1: float | None = Field(default=None, ge=0, le=1)
+    max_perplexity_ratio: float | None = Field(default=None, ge=1)
 
 
 class OutputSection(_Section):
@@ -144,6 +143,8 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         text = path.read_text()
     except OSError as error:
         raise ReapcError(f"{path}: cannot read the recipe: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ReapcError(f"{path}: not UTF-8 text: {error}") from error
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

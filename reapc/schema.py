@@ -17,9 +17,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Keys that are allowed where ``location`` points into ``model``."""
-    current: Any = model
+    current = model
     for part in location:
-        field = current.model_fields.get(part) if isinstance(current, type) else None
+        field = current.model_fields.get(part)
         annotation = field.annotation if field else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
@@ -32,12 +32,11 @@ def explain_validation(error: ValidationError, model: type[BaseModel], where: st
     lines = []
     for item in error.errors():
         location = tuple(part for part in item["loc"] if isinstance(part, str) and not part.startswith("function-"))
-        known_location = location[: _depth(model, location)] or location
-        key = prefix + ".".join(known_location)
         if item["type"] == "extra_forbidden":
-            keys = _keys_at(model, location[:-1])
+            key, keys = prefix + ".".join(location), _keys_at(model, location[:-1])
             lines.append(f"{where}: unknown key {key!r}; {nearest(location[-1], keys)}known here: {', '.join(keys)}")
         else:
+            key = prefix + ".".join(location[: _depth(model, location)] or location)
             message = item["msg"].removeprefix("Value error, ")
             lines.append(f"{where}: {key} = {item['input']!r}: {message}")
     return "\n".join(dict.fromkeys(lines))

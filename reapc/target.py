@@ -31,7 +31,7 @@ class Device(BaseModel):
 class Target(BaseModel):
     """A hardware budget. ``gpus`` cards of ``vram`` usable bytes each, and ``ram`` for the host."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: str = "inline"
     description: str = ""
@@ -85,7 +85,7 @@ def load_target(name: str) -> Target:
         )
     try:
         data = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ReapcError(f"{path}: not valid TOML: {error}") from error
     return make_target({"name": path.stem, **data}, where=str(path))
 

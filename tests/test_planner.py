@@ -124,9 +124,7 @@ def test_never_eight_experts_by_itself() -> None:
     """llama-quantize would apply Mixtral's rules."""
     spec = demo_spec(num_experts=12)
     kept = {
-        make_plan(
-            recipe_of({"ram": f"{kib}KiB"}, serve=SERVE, prune={"max_ratio": 0.6}), spec, "x"
-        ).chosen.experts_kept
+        make_plan(recipe_of({"ram": f"{kib}KiB"}, serve=SERVE, prune={"max_ratio": 0.6}), spec, "x").chosen.experts_kept
         for kib in range(50_400, 56_000, 200)
     }
     assert 8 not in kept

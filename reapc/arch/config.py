@@ -51,7 +51,7 @@ def model_spec(config: dict[str, Any], where: str = "config.json") -> ModelSpec:
     model_type = config.get("model_type")
     for family in families:
         if model_type in family.MODEL_TYPES:
-            spec = family.build(config, where)
+            spec: ModelSpec = family.build(config, where)
             check_moe(spec, where)
             return spec
     if not any("expert" in key for key in _all_keys(config)):

@@ -88,5 +88,6 @@ def build(config: dict[str, Any], where: str) -> ModelSpec:
         layers=tuple(layer(i) for i in range(count)),
         outer_tensors=tuple(outer),
         gguf_arch="qwen3moe",
+        norm_topk=bool(config.get("norm_topk_prob", False)),
         quantization=config.get("quantization_config"),
     )

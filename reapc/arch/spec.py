@@ -67,6 +67,7 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
     outer_tensors: tuple[TensorSpec, ...]
     gguf_arch: str
+    norm_topk: bool = True
     n_group: int = 1
     topk_group: int = 1
     quantization: dict[str, Any] | None = field(default=None, compare=False)

@@ -12,6 +12,7 @@ from reapc.errors import ReapcError
 
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 OTHER_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "tokenizer*", "LICENSE*", "README.md"]
+IGNORED_PATTERNS = ["*/*", "consolidated*"]  # the same weights once more, in another layout
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
@@ -41,10 +42,11 @@ def config_of(source: str, revision: str | None, base: Path) -> dict[str, Any]:
     if folder is not None:
         return load_config(folder)
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
 
     try:
         file = hf_hub_download(source, "config.json", revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         raise _hub_error(source, revision, error) from error
     return load_config(Path(file))
 
@@ -56,10 +58,12 @@ def fetch(source: str, revision: str | None, base: Path) -> Path:
     if folder is not None:
         return folder
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=WEIGHT_PATTERNS + OTHER_PATTERNS))
-    except (OSError, ValueError) as error:
+        allowed = WEIGHT_PATTERNS + OTHER_PATTERNS
+        return Path(snapshot_download(source, revision=revision, allow_patterns=allowed, ignore_patterns=IGNORED_PATTERNS))
+    except (OSError, ValueError, HTTPError) as error:
         raise _hub_error(source, revision, error) from error
 
 

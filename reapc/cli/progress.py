@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from reapc.progress import AbstractTask, Advance
+from reapc.progress import Advance
 from reapc.progress import Progress as ProgressProtocol
 from reapc.units import format_bytes, format_seconds
 
@@ -77,6 +77,3 @@ def make_progress() -> ProgressProtocol:
     """Bars when standard error is a terminal, else lines; standard output stays for results."""
     console = Console(stderr=True)
     return Bars(console) if console.is_terminal else Lines()
-
-
-__all__ = ["AbstractTask", "Bars", "Lines", "make_progress"]

@@ -35,12 +35,9 @@ def command(
 ) -> None:
     """Convert MODEL (a folder or a hub id) to GGUF and quantize it with llama.cpp's own tools."""
     from reapc.checkpoint.source import fetch
-    from reapc.formats.gguf import FTYPES
-    from reapc.schema import nearest
+    from reapc.formats.gguf import check_format
 
-    fmt = ftype.upper()
-    if fmt not in FTYPES:
-        raise ReapcError(f"--format {ftype}: no such type; {nearest(fmt, FTYPES)}known: {', '.join(FTYPES)}")
+    fmt = check_format(ftype)
     if out.exists():
         raise ReapcError(f"{out}: exists already", hint="remove it or choose another name")
     if tokens is not None and data != "auto":

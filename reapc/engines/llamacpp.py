@@ -44,6 +44,8 @@ def padded_context(context: int) -> int:
 
 def legal(spec: ModelSpec, fmt: str, target: Target, recipe: Recipe) -> str | None:
     """Why llama.cpp cannot serve this, or None."""
+    if not spec.norm_topk:
+        return "llama.cpp renormalizes the top-k gate weights of this family; this model has norm_topk_prob = false"
     kv = kv_type(recipe.serve.kv_cache)
     if kv not in KV_TYPES:
         return f"llama.cpp has no {kv} KV cache (it has {', '.join(KV_TYPES)})"
@@ -146,6 +148,7 @@ def split_layers(costs: list[int], parts: int, last_extra: int) -> list[int]:
 
     ``last_extra`` bytes (output matrix) weigh on the last card. Bisection over the answer; exact.
     """
+
     def fill(limit: int) -> list[int] | None:
         counts, index = [], len(costs)
         for part in reversed(range(parts)):

@@ -149,9 +149,7 @@ def _layout(spec: ModelSpec, target: Target, recipe: Recipe, tp: int, pp: int) -
                     overhead_bytes=overhead + reserve,
                 )
             )
-    return Placement(
-        tensor_parallel=tp, pipeline_parallel=pp, layers_per_device=tuple(counts), devices=tuple(devices)
-    )
+    return Placement(tensor_parallel=tp, pipeline_parallel=pp, layers_per_device=tuple(counts), devices=tuple(devices))
 
 
 def place(spec: ModelSpec, fmt: str, target: Target, recipe: Recipe) -> Placement:

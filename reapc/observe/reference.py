@@ -53,7 +53,7 @@ class SequenceReference:
     def kl_to(self, other: np.ndarray) -> np.ndarray:
         """KL(reference || other) in nats at every position; a lower bound when only the top is kept."""
         if self.top is None:
-            return (np.exp(self.log_probs) * (self.log_probs - other)).sum(axis=1)
+            return np.asarray((np.exp(self.log_probs) * (self.log_probs - other)).sum(axis=1))
         values = np.take_along_axis(other, self.top, axis=1)
         kept = (np.exp(self.log_probs) * (self.log_probs - values)).sum(axis=1)
         left = np.log(np.clip(1 - np.exp(values.astype(np.float64)).sum(axis=1), 1e-12, None))

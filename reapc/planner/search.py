@@ -161,9 +161,7 @@ def _nominal_bits(fmt: str) -> int:
     return int("".join(c for c in fmt.split("_")[0] if c.isdigit()))
 
 
-def make_plan(
-    recipe: Recipe, spec: ModelSpec, model_name: str, measured: Callable[[int], float] | None = None
-) -> Plan:
+def make_plan(recipe: Recipe, spec: ModelSpec, model_name: str, measured: Callable[[int], float] | None = None) -> Plan:
     """The best configuration that fits; CannotBeDone says what would.
 
     ``measured``: experts kept -> loss of pruning to that many, in place of the prior's guess.

@@ -124,7 +124,8 @@ class StreamedModel:
                 position_ids=positions,
                 position_embeddings=self._rotary(hidden, position_ids=positions),
             )
-        return result[0] if isinstance(result, tuple) else result
+        output: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        return output
 
     def _hook_linears(self, module: nn.Module, prefix: str) -> None:
         """Shows the current observer the inputs of every linear outside the experts; padding is left out."""
