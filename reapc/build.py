@@ -22,7 +22,7 @@ from reapc.checkpoint.source import fetch
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.estimate import Estimate, estimate
 from reapc.observe.corpus import load_data
-from reapc.observe.observe import observe
+from reapc.observe.observe import observe, observe_reference
 from reapc.observe.reference import read_reference
 from reapc.observe.scores import Scores, load_scores
 from reapc.plan import Plan
@@ -33,6 +33,7 @@ from reapc.prune.rewrite import check_scores, prune
 from reapc.recipe import Recipe
 from reapc.stages import StageCache, cache_root, digest_of
 from reapc.stream.tokens import Tokens
+from reapc.toolchain import find_llamacpp, require
 from reapc.verify.fidelity import Fidelity, log_probs, measure
 from reapc.verify.fit import FitRow, check_fit
 
@@ -80,7 +81,8 @@ def _split(recipe: Recipe, folder: Path, vocab: int) -> tuple[Tokens, Tokens]:
         )
     spare = max(1, min(verify.sequences, tokens.sequences // 3))
     order = np.random.default_rng(calibration.seed).permutation(tokens.sequences)
-    return tokens.take(np.sort(order[spare:])), tokens.take(np.sort(order[:spare]))
+    rest = order[spare : spare + calibration.sequences]
+    return tokens.take(np.sort(rest)), tokens.take(np.sort(order[:spare]))
 
 
 def _versions() -> dict[str, str]:
@@ -89,7 +91,6 @@ def _versions() -> dict[str, str]:
 
 
 def _llamacpp_version() -> str:
-    from reapc.toolchain import find_llamacpp
 
     return find_llamacpp().version
 
@@ -100,7 +101,8 @@ def _build_key(inputs: _Inputs) -> str:
     return digest_of(
         {
             "recipe": recipe,
-            "model": inputs.checkpoint.digest,
+            "model": [inputs.checkpoint.digest, inputs.checkpoint.side_digest],
+            "tools": _llamacpp_version(),
             "calibration": _tokens_digest(inputs.calibration),
             "held_out": _tokens_digest(inputs.held_out),
             "scores": digest_of(inputs.scores.to_json()) if inputs.scores else None,
@@ -145,6 +147,9 @@ class Build:
         folder = fetch(recipe.model.source, recipe.model.revision, recipe.base)
         checkpoint = Checkpoint(folder)
         self.first_plan = make_plan(recipe, checkpoint.spec, recipe.model.source)
+        if self.first_plan.chosen.engine == "llama.cpp":
+            for tool in ("convert", "quantize", "lib_dir"):
+                require(tool)
         given = load_scores(scores) if scores else None
         if given and scores:
             check_scores(given, checkpoint, scores)
@@ -183,7 +188,17 @@ class Build:
         return BuildResult(out, manifest, fresh=True)
 
     def _observe(self) -> tuple[Scores, Path]:
+        """Scores and the reference of held-out text; only the latter when the scores are given."""
         inputs = self.inputs
+        if inputs.scores:
+            given = {"model": inputs.checkpoint.digest, "held_out": _tokens_digest(inputs.held_out)}
+
+            def reference(folder: Path, scratch: Path) -> None:
+                out = folder / "reference.safetensors"
+                observe_reference(inputs.checkpoint, inputs.held_out, scratch, out, self.progress)
+
+            folder, _ = self.cache.run("reference", given, reference)
+            return inputs.scores, folder / "reference.safetensors"
         depends = {
             "model": inputs.checkpoint.digest,
             "calibration": _tokens_digest(inputs.calibration),
@@ -205,8 +220,7 @@ class Build:
             observed.save(folder / "scores.safetensors")
 
         folder, _ = self.cache.run("observe", depends, work)
-        scores = inputs.scores or load_scores(folder / "scores.safetensors")
-        return scores, folder / "reference.safetensors"
+        return load_scores(folder / "scores.safetensors"), folder / "reference.safetensors"
 
     def _second_plan(self, scores: Scores) -> Plan:
         """The same planner with the damage of pruning read off the scores."""
@@ -228,8 +242,9 @@ class Build:
         """The pruned checkpoint (the source itself when every expert stays) and its key."""
         checkpoint = self.inputs.checkpoint
         if plan.chosen.experts_kept == checkpoint.spec.num_experts:
-            return checkpoint.folder, checkpoint.digest
-        depends = {"model": checkpoint.digest, "kept": {str(k): v for k, v in kept.items()}, "reapc": __version__}
+            return checkpoint.folder, digest_of([checkpoint.digest, checkpoint.side_digest])
+        model = [checkpoint.digest, checkpoint.side_digest]
+        depends = {"model": model, "kept": {str(k): v for k, v in kept.items()}, "reapc": __version__}
 
         def work(folder: Path, scratch: Path) -> None:
             prune(checkpoint, kept, folder / "model", self.progress)
@@ -254,7 +269,8 @@ class Build:
         base, base_key = self.cache.run("convert", base_depends, convert)
         if fmt in ("BF16", "F16"):
             return base / "model.gguf"
-        imatrix, imatrix_key = self._imatrix(pruned, pruned_key) if quantize.imatrix else (None, "")
+        wanted = quantize.imatrix and fmt != "Q8_0"  # llama-quantize rounds Q8_0 without one
+        imatrix, imatrix_key = self._imatrix(pruned, pruned_key) if wanted else (None, "")
         depends = {"base": base_key, "imatrix": imatrix_key, "format": fmt, "tools": tools}
 
         def work(folder: Path, scratch: Path) -> None:
@@ -290,7 +306,8 @@ class Build:
 
     def _check_thresholds(self, fidelity: Fidelity) -> None:
         limits = self.inputs.recipe.verify
-        ratio = fidelity.perplexity_b / fidelity.perplexity_a
+        before, after = fidelity.perplexity_a, fidelity.perplexity_b
+        ratio = after / before if before and after else 1.0  # none where every sequence is a single token
         failures = []
         if limits.max_kl is not None and fidelity.kl > limits.max_kl:
             failures.append(f"KL {fidelity.kl:.5f} is {fidelity.kl - limits.max_kl:.5f} above max_kl {limits.max_kl}")
@@ -331,8 +348,8 @@ class Build:
                 _place(result, partial / name)
             else:
                 name = "model"
-                for path in sorted(p for p in result.rglob("*") if p.is_file()):
-                    _place(path, partial / name / path.relative_to(result))
+                for path in sorted(p for p in result.iterdir() if p.is_file() and not p.name.startswith(".")):
+                    _place(path, partial / name / path.name)
             scores.save(partial / "scores.safetensors")
             plans = {"from_prior": self.first_plan.to_json(), "from_scores": plan.to_json()}
             (partial / "plan.json").write_text(json.dumps(plans, indent=2) + "\n")
@@ -365,9 +382,12 @@ class Build:
 
 
 def _place(source: Path, target: Path) -> None:
-    """A hard link where the disk allows it, else a copy; the cache's file is never written to again."""
+    """A hard link to a file of the stage cache where the disk allows it, else a copy (the user's own files are
+    always copied, so that editing the result cannot reach them)."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        if not source.resolve().is_relative_to(cache_root().resolve()):
+            raise OSError
         os.link(source.resolve(), target)
     except OSError:
         shutil.copy2(source, target)

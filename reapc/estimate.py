@@ -70,5 +70,6 @@ def estimate(checkpoint: Checkpoint, plan: Plan, calibration: Tokens, held_out: 
         + max((t.parameters for t in layer.tensors if t.role == "expert"), default=0) * 3
         for layer in spec.layers
     )
+    head = spec.vocab_size * (spec.hidden_size + 3 * 2048)  # the head in fp32 and the log-probabilities of a part
     batch = TOKENS_PER_BATCH * (spec.hidden_size * 12 + spec.expert_intermediate_size * 4)
-    return Estimate(seconds, round(disk * 1.05), _BASE_MEMORY_BYTES + 4 * (layer + batch))
+    return Estimate(seconds, round(disk * 1.05), _BASE_MEMORY_BYTES + 4 * max(layer + batch, head))

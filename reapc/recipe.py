@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from reapc.errors import ReapcError
 from reapc.schema import explain_validation, nearest
-from reapc.target import Target, load_target, make_target
+from reapc.target import Target, known_targets, load_target, make_target
 
 Auto = Literal["auto"]
 Criterion = Literal["reap", "ean", "ean_sum", "frequency", "weighted_sum"]
@@ -130,7 +130,7 @@ def _override(data: dict[str, Any], assignment: str) -> None:
     here: Any = data
     for part in parts[:-1]:
         if part == "target" and isinstance(here.get(part), str):
-            raise ReapcError(f"--set {key}: the recipe names the target {here[part]!r}", hint="--set target=NAME")
+            here[part] = {"name": here[part]}
         here = here.setdefault(part, {})
         if not isinstance(here, dict):
             raise ReapcError(f"--set {key}: {part!r} is not a section")
@@ -165,11 +165,16 @@ def make_recipe(data: dict[str, Any], path: Path) -> Recipe:
         if key not in data:
             raise ReapcError(f"{where}: [{key}] is missing", hint="a recipe needs [model] source and [target]")
     target = data["target"]
-    if isinstance(target, dict) and set(target) == {"name"}:
+    if isinstance(target, dict) and (set(target) == {"name"} or target.get("name") in known_targets()):
+        overrides = {key: value for key, value in target.items() if key != "name"}
         target = target["name"]
+    else:
+        overrides = {}
     if isinstance(target, str):
         local = path.parent / target
         resolved = load_target(str(local) if target.endswith(".toml") and local.is_file() else target)
+        if overrides:
+            resolved = make_target({**resolved.model_dump(), **overrides}, where)
     elif isinstance(target, dict):
         resolved = make_target(target, where)
     else:

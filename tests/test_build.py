@@ -130,7 +130,7 @@ def test_build_then_nothing_to_do_then_only_what_changed(project: Path, cache: s
     )
     assert code == 0, err
     other = json.loads((tmp_path / "q8" / "manifest.json").read_text())
-    assert {"observe", "prune", "convert", "imatrix"} <= set(other["reused"])
+    assert {"observe", "prune", "convert"} <= set(other["reused"])
     assert "quantize" not in other["reused"]
     assert other["format"] == "Q8_0"
     assert other["fidelity"]["kl"] < manifest["fidelity"]["kl"]
@@ -140,6 +140,15 @@ def test_build_then_nothing_to_do_then_only_what_changed(project: Path, cache: s
     code, _, err = run(capsys, "build", project / "tiny.toml", "--out", out, "--set", "quantize.format=Q8_0")
     assert code == 0, err
     assert digest(out / "model.gguf") == digest(tmp_path / "q8" / "model.gguf")
+
+    code, text, err = run(
+        capsys, "build", project / "tiny.toml", "--out", tmp_path / "shared", "--json",
+        "--scores", tmp_path / "q8" / "scores.safetensors",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "observe" not in json.loads((tmp_path / "shared" / "manifest.json").read_text())["stage_seconds"]
+    assert digest(tmp_path / "shared" / "model.gguf") == before
+    assert json.loads(text.splitlines()[-1])["kl"] == pytest.approx(summary["kl"], rel=1e-6)
 
     # the shared scores file stands in for the observation, and the parts as commands give the same bytes
     code, _, err = run(

@@ -73,7 +73,8 @@ def test_every_part_has_a_rule() -> None:
 def test_the_walk_sees_every_kind_of_import() -> None:
     source = (
         "import a, b.c as d\nfrom e import f\nif TYPE_CHECKING:\n    import g\ndef h():\n    from i.j import k\n"
-        "class L:\n    import m\n    def n(self):\n        if x:\n            import o\ntry:\n    import p\nfinally:\n    pass\n"
+        "class L:\n    import m\n    def n(self):\n        if x:\n            import o\n"
+        "try:\n    import p\nfinally:\n    pass\n"
     )
     found = {name: at_import for name, _, at_import in imports(source)}
     assert found == {

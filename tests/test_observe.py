@@ -158,3 +158,11 @@ def test_nan_weights_are_named(tiny: Path, tmp_path: Path, bad: float, name: str
     save_file(arrays, folder / "model.safetensors")
     with pytest.raises(ReapcError, match=name.replace(".", r"\.")):
         observe(Checkpoint(folder), make_tokens(1, 8), tmp_path / "w", Silent())
+
+
+def test_foreign_work_folder_is_untouched(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "thesis.txt").write_text("mine")
+    with pytest.raises(ReapcError, match="left untouched"):
+        observe(Checkpoint(tiny), make_tokens(1, 8), tmp_path / "w", Silent())
+    assert (tmp_path / "w" / "thesis.txt").read_text() == "mine"

@@ -8,13 +8,13 @@ import pytest
 
 from reapc.errors import ReapcError
 from reapc.recipe import Recipe, load_recipe
+from reapc.target import load_target
 
 MINIMAL = '[model]\nsource = "some/model"\n[target]\nram = "16GB"\n'
 FULL = """
 [model]
 source = "./m"
 revision = "v2"
-trust_remote_code = true
 [target]
 gpus = 2
 vram = "24GiB"
@@ -78,7 +78,7 @@ def refused(folder: Path, text: str | bytes, *overrides: str) -> str:
 def test_defaults(tmp_path: Path) -> None:
     recipe = load(tmp_path, MINIMAL)
     assert recipe.model_dump(exclude={"target"}) == {
-        "model": {"source": "some/model", "revision": None, "trust_remote_code": False},
+        "model": {"source": "some/model", "revision": None},
         "serve": {
             "engine": "auto", "context": 4096, "concurrency": 1, "kv_cache": "auto", "host": "127.0.0.1", "port": 8080,
         },
@@ -100,7 +100,7 @@ def test_defaults(tmp_path: Path) -> None:
 
 def test_every_key(tmp_path: Path) -> None:
     recipe = load(tmp_path, FULL)
-    assert recipe.model.model_dump() == {"source": "./m", "revision": "v2", "trust_remote_code": True}
+    assert recipe.model.model_dump() == {"source": "./m", "revision": "v2"}
     assert recipe.serve.model_dump() == {
         "engine": "vllm", "context": 8192, "concurrency": 4, "kv_cache": "fp8", "host": "0.0.0.0", "port": 9000,
     }  # fmt: skip
@@ -309,8 +309,19 @@ def test_wrong_override(tmp_path: Path) -> None:
     assert "did you mean 'prune'?" in refused(tmp_path, MINIMAL, "prun.ratio=0.2")
     assert "prune.ratio = 'lots'" in refused(tmp_path, MINIMAL, "prune.ratio=lots")
     assert "'ratio' is not a section" in refused(tmp_path, MINIMAL + "[prune]\nratio = 0.1\n", "prune.ratio.x=1")
-    named = 'target = "rtx3090x1"\n[model]\nsource = "a/b"\n'
-    assert "the recipe names the target 'rtx3090x1'" in refused(tmp_path, named, "target.vram=8GB")
+
+
+def test_a_named_target_with_changes(tmp_path: Path) -> None:
+    known = load_target("rtx3090x2")
+    changed = known.model_copy(update={"vram": 8 * 10**9})
+    named = 'target = "rtx3090x2"\n[model]\nsource = "a/b"\n'
+    table = '[model]\nsource = "a/b"\n[target]\nname = "rtx3090x2"\n'
+    for text, overrides in ((named, ["target.vram=8GB"]), (table, ["target.vram=8GB"]), (table + 'vram = "8GB"\n', [])):
+        target = load(tmp_path, text, *overrides).target
+        assert target.model_copy(update={"name": "rtx3090x2"}) == changed
+    assert "did you mean 'vram'?" in refused(tmp_path, named, "target.vrma=8GB")
+    assert "target.vram = 'lots'" in refused(tmp_path, named, "target.vram=lots")
+    assert "target.name = ['a']" in refused(tmp_path, MINIMAL + 'name = ["a"]\n')
 
 
 def test_ratio_and_experts(tmp_path: Path) -> None:

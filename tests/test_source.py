@@ -1,4 +1,4 @@
-"""Hub downloads against a stand-in hub on this machine: what is asked for, what is not, and what happens when it breaks."""
+"""Hub downloads against a stand-in hub on this machine: what is asked for, and what happens when it breaks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ NAME = "some-org/tiny-moe"
 MAIN, TAGGED = "a" * 40, "b" * 40
 NEEDED = {"config.json", "tokenizer.json", "generation_config.json", "README.md"}
 NOT_NEEDED = {
-    "pytorch_model.bin": b"pickle", "plot.png": b"png", "model.gguf": b"GGUF", "original/extra.safetensors": b"x", "consolidated.safetensors": b"x",
-    "consolidated.00.pth": b"pickle", "run.py": b"import os",
+    "pytorch_model.bin": b"pickle", "plot.png": b"png", "model.gguf": b"GGUF", "original/extra.safetensors": b"x",
+    "consolidated.safetensors": b"x", "consolidated.00.pth": b"pickle", "run.py": b"import os",
 }  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def shard_of(files: dict[str, bytes]) -> str:
 
 def test_only_what_is_needed_is_asked_for(hub: Hub, tmp_path: Path, model_files: dict[str, bytes]) -> None:
     folder = fetched(hub, tmp_path)
-    assert NEEDED <= set(model_files)
+    assert set(model_files) > NEEDED
     assert same(folder, model_files)
     assert sorted(hub.got()) == sorted(model_files)
     assert not [path for _, path, _ in hub.asked if any(path.endswith(f"/{name}") for name in NOT_NEEDED)]
@@ -211,11 +211,10 @@ def test_a_connection_cut_in_a_shard_resumes_there(hub: Hub, tmp_path: Path, mod
     assert same(fetched(hub, tmp_path), model_files)
     ranges = [r for method, path, r in hub.asked if method == "GET" and path.endswith(hub.cut)]
     assert ranges[0] == ""
-    first, last = (int(n) for n in re.fullmatch(r"bytes=(\d+)-(\d*)", ranges[1]).groups(default="0"))
     half = len(model_files[hub.cut]) // 2
     assert len(ranges) == 2
-    assert half - 4096 < first <= half
-    assert not last
+    assert ranges[1].startswith("bytes=")
+    assert half - 4096 < int(ranges[1].removeprefix("bytes=").removesuffix("-")) <= half
 
 
 def test_an_interrupted_download_ends_whole_when_run_again(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 _SAMPLE = 1 << 20
+_SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 
 class Checkpoint:
@@ -101,6 +102,15 @@ class Checkpoint:
                     for i in range(16):
                         file.seek((size - _SAMPLE) * i // 15)
                         result.update(file.read(_SAMPLE))
+        return result.hexdigest()
+
+    @cached_property
+    def side_digest(self) -> str:
+        """Identity of the other small files (tokenizer, chat template, generation config)."""
+        result = hashlib.sha256()
+        for path in sorted(self.folder.iterdir()):
+            if path.is_file() and path.suffix in _SIDE_FILES and path.name != INDEX:
+                result.update(path.name.encode() + b"\0" + path.read_bytes())
         return result.hexdigest()
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -62,7 +62,9 @@ def fetch(source: str, revision: str | None, base: Path) -> Path:
 
     try:
         allowed = WEIGHT_PATTERNS + OTHER_PATTERNS
-        return Path(snapshot_download(source, revision=revision, allow_patterns=allowed, ignore_patterns=IGNORED_PATTERNS))
+        return Path(
+            snapshot_download(source, revision=revision, allow_patterns=allowed, ignore_patterns=IGNORED_PATTERNS)
+        )
     except (OSError, ValueError, HTTPError) as error:
         raise _hub_error(source, revision, error) from error
 

@@ -53,10 +53,13 @@ def _summary(output: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 def _show(output: Path, manifest: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     plan = json.loads((output / "plan.json").read_text())["from_scores"]
     console = Console(width=None if Console().is_terminal else 110)
-    decided = Table("decided", "", title=f"{manifest['model']['source']} for {plan['target']}", title_justify="left")
+    decided = Table(
+        "decided", "", title=Text(f"{manifest['model']['source']} for {plan['target']}"), title_justify="left"
+    )
     decided.add_row("experts", f"{manifest['experts_kept']} of {plan['num_experts']} per layer ({plan['criterion']})")
     decided.add_row("format", f"{manifest['format']}, served by {manifest['engine']}")
     decided.add_row("why", "\n".join(plan["reasons"]))
@@ -78,8 +81,8 @@ def _show(output: Path, manifest: dict[str, Any]) -> None:
             name,
             f"{row['kl']:.4f}",
             f"{100 * row['top1']:.1f} %",
-            f"{row['perplexity_a']:.2f}",
-            f"{row['perplexity_b']:.2f}",
+            "-" if row["perplexity_a"] is None else f"{row['perplexity_a']:.2f}",
+            "-" if row["perplexity_b"] is None else f"{row['perplexity_b']:.2f}",
             f"{row['tokens']:,}",
         )
     console.print(lost)

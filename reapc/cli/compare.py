@@ -26,9 +26,10 @@ def command(a: Path, b: Path, tokens: Path, as_json: bool) -> None:
             del figures["domains"]
         click.echo(json.dumps(figures))
         return
-    click.echo(
-        f"KL(A || B) {result.kl:.5f} nats, top-1 {100 * result.top1:.2f} %, perplexity {result.perplexity_a:.3f} -> "
-        f"{result.perplexity_b:.3f} over {result.tokens} tokens"
-    )
-    for name, row in result.domains.items():
-        click.echo(f"  {name}: KL {row['kl']:.5f}, perplexity {row['perplexity_a']:.3f} -> {row['perplexity_b']:.3f}")
+    for name, row in {"all": result.to_json(), **result.domains}.items():
+        change = ""
+        if row["perplexity_a"] is not None:
+            change = f", perplexity {row['perplexity_a']:.3f} -> {row['perplexity_b']:.3f}"
+        click.echo(
+            f"{name}: KL(A || B) {row['kl']:.5f} nats, top-1 {100 * row['top1']:.2f} %{change}, {row['tokens']} tokens"
+        )

@@ -18,7 +18,13 @@ from reapc.errors import ReapcError
 @click.option("--sequences", default=128, show_default=True, help="Sequences at most (with --data).")
 @click.option("--length", default=512, show_default=True, help="Tokens per sequence (with --data).")
 @click.option("--seed", default=0, show_default=True, help="Shuffles the documents.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cpu or cuda; auto: a GPU where there is one.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    help="Of the computation; auto: float32 on a CPU, the model's own on a GPU.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The scores file to write.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for hidden states; kept when interrupted.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary.")
@@ -30,6 +36,7 @@ def command(
     sequences: int,
     length: int,
     seed: int,
+    device: str,
     dtype: str,
     out: Path,
     work: Path | None,
@@ -43,12 +50,11 @@ def command(
     if tokens is not None and data != "auto":
         raise ReapcError("--data and --tokens are both given", hint="remove one of them")
     folder = fetch(model, revision, Path("."))
-    import torch
-
     from reapc.checkpoint.reader import Checkpoint
     from reapc.cli.progress import make_progress
     from reapc.observe.corpus import load_data
     from reapc.observe.observe import observe
+    from reapc.stream.model import compute_settings
     from reapc.stream.tokens import read_tokens
 
     checkpoint = Checkpoint(folder)
@@ -57,12 +63,14 @@ def command(
         calibration = read_tokens(tokens, vocab)
     else:
         calibration = load_data(folder, data, Path("."), length, sequences, seed, vocab)
+    device, torch_dtype = compute_settings(device, dtype, checkpoint.spec.dtype)
     scores = observe(
         checkpoint,
         calibration,
         work or out.with_name(out.name + ".work"),
         make_progress(),
-        dtype=getattr(torch, dtype),
+        device=device,
+        dtype=torch_dtype,
         model_name=model,
     )
     scores.save(out)

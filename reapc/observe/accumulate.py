@@ -70,5 +70,5 @@ class LayerSums:
 def _square_sums(inputs: torch.Tensor) -> np.ndarray:
     """Sum over tokens of squared inputs, (in,) float64."""
     norms = torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32)
-    sums: np.ndarray = norms.double().square().numpy()
+    sums: np.ndarray = norms.double().square().cpu().numpy()
     return sums

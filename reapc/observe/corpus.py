@@ -70,6 +70,11 @@ def tokenize(folder: Path, data: str, base: Path, length: int, limit: int, seed:
             f"{folder}: no usable tokenizer to read {data!r} with ({str(error).splitlines()[0]})",
             hint="give token ids instead: a safetensors file with input_ids",
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where no file is
+        raise ReapcError(
+            f"{folder}: no usable tokenizer to read {data!r} with (it has no tokenizer.json, or an empty one)",
+            hint="give token ids instead: a safetensors file with input_ids",
+        )
     end = tokenizer.eos_token_id
     order = np.random.default_rng(seed).permutation(len(documents))
     stream: list[int] = []
@@ -95,4 +100,11 @@ def load_data(folder: Path, data: str, base: Path, length: int, limit: int, seed
             rows = np.sort(np.random.default_rng(seed).permutation(tokens.sequences)[:limit])
             return tokens.take(rows, length)
         return tokens.take(np.arange(tokens.sequences), length)
-    return tokenize(folder, data, base, length, limit, seed)
+    tokens = tokenize(folder, data, base, length, limit, seed)
+    if int(tokens.input_ids.max()) >= vocab_size:
+        raise ReapcError(
+            f"{folder}: its tokenizer gives token id {int(tokens.input_ids.max())}, the model's vocabulary has "
+            f"{vocab_size}",
+            hint="the tokenizer files belong to another model; copy the right ones",
+        )
+    return tokens

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from reapc.checkpoint.atomic import atomic_path, make_folder, remove, require_room
+from reapc.checkpoint.atomic import atomic_path, make_folder, remove, require_room, write_text
 from reapc.checkpoint.reader import Checkpoint
+from reapc.errors import ReapcError
 from reapc.observe.accumulate import LayerSums
 from reapc.observe.reference import write_reference
 from reapc.observe.scores import Scores
@@ -38,10 +39,14 @@ def _digest(tokens: Tokens | None) -> str:
 def _finished_layers(work: Path, identity: str) -> int:
     """How many layers an interrupted run of the same observation has left here; anything else is removed."""
     stamp = work / "identity"
+    if not stamp.is_file() and any(work.iterdir()):
+        raise ReapcError(
+            f"{work}: this work folder holds something else, which is left untouched", hint="choose another --work"
+        )
     if not stamp.is_file() or stamp.read_text() != identity:
         remove(work)
         make_folder(work)
-        stamp.write_text(identity)
+        write_text(stamp, identity)
     count = 0
     while (work / f"layer-{count}.safetensors").is_file():
         count += 1
@@ -57,6 +62,7 @@ def observe(
     held_out: Tokens | None = None,
     reference: Path | None = None,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
     moments: bool = True,
     model_name: str = "",
 ) -> Scores:
@@ -75,7 +81,7 @@ def observe(
         require_room(work, disk_bytes(checkpoint, calibration, held_out), "the hidden states of the observation")
     else:
         progress.log(f"observe: {done} of {spec.num_layers} layers were done before; going on")
-    model = StreamedModel(checkpoint, dtype)
+    model = StreamedModel(checkpoint, dtype, device)
     model.check_outer()
     sets = [(HiddenStates(calibration, work, "calibration", spec.hidden_size), True)]
     if held_out is not None:
@@ -112,3 +118,17 @@ def observe(
     del sets
     remove(work)
     return scores
+
+
+def observe_reference(checkpoint: Checkpoint, held_out: Tokens, work: Path, out: Path, progress: Progress) -> None:
+    """Only the reference log-probabilities of ``held_out``: for a build whose scores are given."""
+    remove(work)
+    make_folder(work)
+    require_room(work, HiddenStates.disk_bytes(held_out, checkpoint.spec.hidden_size), "the hidden states")
+    model = StreamedModel(checkpoint)
+    model.check_outer()
+    states = HiddenStates(held_out, work, "held-out", checkpoint.spec.hidden_size)
+    run_layers(model, [(states, False)], lambda i: None, lambda i, o: None, progress, name="reference")
+    write_reference(out, model, states)
+    del states
+    remove(work)

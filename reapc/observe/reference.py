@@ -22,9 +22,9 @@ _HEAD_TOKENS = 2048
 def final_log_probs(model: StreamedModel, states: HiddenStates) -> Iterator[np.ndarray]:
     """(length, vocabulary) fp32 log-probabilities of each sequence, from its states after the last layer."""
     for row in range(states.tokens.sequences):
-        hidden = states.read(model.spec.num_layers, slice(row, row + 1))[0].to(model.dtype)
+        hidden = states.read(model.spec.num_layers, slice(row, row + 1))[0].to(model.device, model.dtype)
         with torch.inference_mode():
-            yield torch.cat([model.head(part) for part in hidden.split(_HEAD_TOKENS)]).numpy()
+            yield torch.cat([model.head(part) for part in hidden.split(_HEAD_TOKENS)]).cpu().numpy()
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def merge(parts: list[Scores]) -> Scores:
     """Adds observations of one model: sums and counts add, maxima are the larger."""
     first = parts[0]
     for other in parts[1:]:
-        for key in ("digest", "num_experts", "layers"):
+        for key in ("digest", "num_experts", "top_k", "layers", "dtype"):
             if other.header[key] != first.header[key]:
                 raise ReapcError(
                     f"these scores do not belong together: {key} is {first.header[key]!r} and {other.header[key]!r}",

@@ -21,7 +21,8 @@ _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5"
 
 def _rewritten(entry: TensorEntry, shard: Path, kept: dict[int, list[int]]) -> OutTensor | None:
     """What becomes of one tensor: None when its expert goes."""
-    if match := _EXPERT.match(entry.name):
+    match = _EXPERT.match(entry.name)
+    if match and int(match[2]) in kept:
         experts, expert = kept[int(match[2])], int(match[3])
         if expert not in experts:
             return None

@@ -38,12 +38,14 @@ class StreamedExperts(nn.Module):
         weights: Callable[[int], ExpertWeights],
         activation: Callable[[torch.Tensor], torch.Tensor],
         dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.weights = weights
         self.activation = activation
         self.dtype = dtype
+        self.device = device
         self.observer: LayerObserver | None = None
         self.valid: torch.Tensor | None = None
 
@@ -65,7 +67,7 @@ class StreamedExperts(nn.Module):
             start += counts[expert]
             if not counts[expert]:
                 continue
-            gate_proj, up_proj, down_proj = (w.to(self.dtype) for w in self.weights(expert))
+            gate_proj, up_proj, down_proj = (w.to(self.device, self.dtype) for w in self.weights(expert))
             tokens = pairs // top_k
             inputs = hidden_states[tokens]
             activated = self.activation(F.linear(inputs, gate_proj)).mul_(F.linear(inputs, up_proj))

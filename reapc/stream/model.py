@@ -11,17 +11,33 @@ from torch import nn
 from torch.nn import functional as F
 
 from reapc.checkpoint.reader import Checkpoint
-from reapc.errors import CannotBeDone
+from reapc.errors import CannotBeDone, ReapcError
 from reapc.stream.experts import ExpertWeights, LayerObserver, StreamedExperts
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 Forward = Callable[[torch.Tensor, torch.Tensor | None, LayerObserver | None], torch.Tensor]
 
 
-class StreamedModel:
-    """A checkpoint as a sequence of layers. ``dtype`` is that of the computation (fp32 on a CPU)."""
+def compute_settings(device: str = "auto", dtype: str = "auto", stored: str = "bfloat16") -> tuple[str, torch.dtype]:
+    """Device and dtype of a pass: fp32 on a CPU, on a GPU the dtype that the model is ``stored`` in."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise CannotBeDone(f"device {device!r}: torch sees no GPU here", hint="--device cpu")
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else stored
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ReapcError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
+    return device, found
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+
+class StreamedModel:
+    """A checkpoint as a sequence of layers, computed on ``device`` in ``dtype`` (see ``compute_settings``)."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self._observer: LayerObserver | None = None
@@ -29,6 +45,7 @@ class StreamedModel:
         self.checkpoint = checkpoint
         self.spec = checkpoint.spec
         self.dtype = dtype
+        self.device = torch.device(device)
         for tensor in self.spec.tensors():
             found = checkpoint.entries[tensor.name].dtype
             if found not in FLOAT_DTYPES:
@@ -42,26 +59,26 @@ class StreamedModel:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self._body = skeleton.get_decoder()
-        self._rotary = type(self._body.rotary_emb)(config)
+        self._rotary = type(self._body.rotary_emb)(config).to(self.device)
         self._norm = self._load(self._body.norm, "model.norm").requires_grad_(False)
 
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
         """``module`` with its weights from ``prefix``; any missing or unexpected key is an error of ours."""
         state = {}
         for name in module.state_dict():
-            state[name] = self.checkpoint.checked_tensor(f"{prefix}.{name}").to(self.dtype)
+            state[name] = self.checkpoint.checked_tensor(f"{prefix}.{name}").to(self.device, self.dtype)
         module.load_state_dict(state, strict=True, assign=True)
         return module.eval()
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(batch, length) ids to (batch, length, hidden)."""
         table = self.checkpoint.tensor("model.embed_tokens.weight")
-        return F.embedding(input_ids, table).to(self.dtype)
+        return F.embedding(input_ids, table).to(self.device, self.dtype)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Log-probabilities (tokens, vocabulary) in fp32 of final hidden states (tokens, hidden)."""
         name = "model.embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight"
-        logits = F.linear(self._norm(hidden), self.checkpoint.tensor(name).to(self.dtype))
+        logits = F.linear(self._norm(hidden), self.checkpoint.tensor(name).to(self.device, self.dtype))
         return torch.log_softmax(logits.float(), dim=-1)
 
     def check_outer(self) -> None:
@@ -89,7 +106,9 @@ class StreamedModel:
         experts: StreamedExperts | None = None
         if self.spec.layers[index].is_moe:
             weights = self._experts_of(index)
-            experts = StreamedExperts(self.spec.num_experts, weights.__getitem__, module.mlp.experts.act_fn, self.dtype)
+            experts = StreamedExperts(
+                self.spec.num_experts, weights.__getitem__, module.mlp.experts.act_fn, self.dtype, self.device
+            )
             module.mlp.experts = experts
         self._load(module, prefix)
         for parameter in module.parameters():
@@ -109,7 +128,7 @@ class StreamedModel:
     def _forward(self, module: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         from transformers.masking_utils import create_causal_mask
 
-        positions = torch.arange(hidden.shape[1])[None]
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         causal = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,

@@ -43,16 +43,16 @@ class HiddenStates:
 
     def write(self, layer: int, rows: slice, values: torch.Tensor) -> None:
         """Stores the states before ``layer``."""
-        self._files[layer % 2][rows] = values.float().numpy()
+        self._files[layer % 2][rows] = values.float().cpu().numpy()
 
     def flush(self) -> None:
         for file in self._files:
             file.flush()
 
 
-def _mask(tokens: Tokens, rows: slice) -> torch.Tensor | None:
+def _mask(tokens: Tokens, rows: slice, device: torch.device) -> torch.Tensor | None:
     mask = tokens.mask[rows]
-    return None if mask.all() else torch.from_numpy(np.ascontiguousarray(mask))
+    return None if mask.all() else torch.from_numpy(np.ascontiguousarray(mask)).to(device)
 
 
 def run_layers(
@@ -79,8 +79,10 @@ def run_layers(
             with model.layer(index) as forward:
                 for states, observed in sets:
                     for rows in states.tokens.batches(TOKENS_PER_BATCH):
-                        hidden = states.read(index, rows).to(model.dtype)
-                        result = forward(hidden, _mask(states.tokens, rows), observer if observed else None)
+                        hidden = states.read(index, rows).to(model.device, model.dtype)
+                        result = forward(
+                            hidden, _mask(states.tokens, rows, model.device), observer if observed else None
+                        )
                         states.write(index + 1, rows, result)
                         advance((rows.stop - rows.start) * states.tokens.length)
             for states, _ in sets:

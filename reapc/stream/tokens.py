@@ -81,7 +81,17 @@ def read_tokens(path: Path, vocab_size: int) -> Tokens:
             f"{vocab_size}",
             hint="these tokens were made with another tokenizer",
         )
-    names = tuple(json.loads((metadata or {}).get("domains", '["all"]')))
+    names = _domain_names(path, (metadata or {}).get("domains", '["all"]'))
     if domain is None or domain.shape != (ids.shape[0],) or domain.min() < 0 or domain.max() >= len(names):
         domain, names = np.zeros(ids.shape[0], np.int32), ("all",)
     return Tokens(np.where(mask, ids, 0).astype(np.int32), mask, domain, names, path.name)
+
+
+def _domain_names(path: Path, text: str) -> tuple[str, ...]:
+    try:
+        names = json.loads(text)
+        if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+            return tuple(names)
+    except ValueError:
+        pass
+    raise ReapcError(f"{path}: its metadata has domains = {text!r}; a JSON list of names is expected")

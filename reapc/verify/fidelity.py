@@ -36,12 +36,12 @@ class _Sums:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """``kl`` in nats and ``top1`` over all real positions; perplexities over next-token positions."""
+    """``kl`` in nats and ``top1`` over all real positions; perplexities over next-token positions, if any."""
 
     kl: float
     top1: float
-    perplexity_a: float
-    perplexity_b: float
+    perplexity_a: float | None
+    perplexity_b: float | None
     tokens: int
     domains: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -105,7 +105,7 @@ def vocabulary_of(model: Path) -> int:
     if model.is_dir():
         from reapc.arch import load_config, model_spec
 
-        return model_spec(load_config(model), str(model)).vocab_size
+        return model_spec(load_config(model), str(model / "config.json")).vocab_size
     if model.suffix != ".gguf" or not model.is_file():
         raise ReapcError(f"{model}: neither a checkpoint folder nor a .gguf file")
     from gguf import GGUFReader

@@ -49,7 +49,7 @@ def llama_allocation(gguf: Path, plan: Plan) -> tuple[int, int, int] | None:
         return None
     chosen = plan.chosen
     command = [
-        str(tools.fit_params), "-m", str(gguf), "-c", str(chosen.context * chosen.concurrency),
+        str(tools.fit_params), "-m", str(gguf), "-c", str(-(-chosen.context // 256) * 256 * chosen.concurrency),
         "-np", str(chosen.concurrency), "-ctk", chosen.kv_dtype, "-ctv", chosen.kv_dtype, "-fa", "on", "-nr",
         "-fitp", "on",
     ]  # fmt: skip
