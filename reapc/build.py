@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from reapc import __version__
-from reapc.checkpoint.atomic import atomic_path, remove, require_room
+from reapc.checkpoint.atomic import atomic_path, make_folder, remove, require_room
 from reapc.checkpoint.reader import Checkpoint
 from reapc.checkpoint.source import fetch
 from reapc.errors import CannotBeDone, ReapcError
@@ -144,6 +144,8 @@ class Build:
     def __init__(self, recipe: Recipe, progress: Progress, scores: Path | None = None) -> None:
         self.progress = progress
         self.start = time.monotonic()
+        self.cache = StageCache(cache_root() / "stages", progress.log)
+        make_folder(self.cache.root)
         folder = fetch(recipe.model.source, recipe.model.revision, recipe.base)
         checkpoint = Checkpoint(folder)
         self.first_plan = make_plan(recipe, checkpoint.spec, recipe.model.source)
@@ -155,7 +157,6 @@ class Build:
             check_scores(given, checkpoint, scores)
         calibration, held_out = _split(recipe, folder, checkpoint.spec.vocab_size)
         self.inputs = _Inputs(recipe, checkpoint, calibration, held_out, given)
-        self.cache = StageCache(cache_root() / "stages", progress.log)
 
     @property
     def key(self) -> str:

@@ -130,11 +130,17 @@ def _override(data: dict[str, Any], assignment: str) -> None:
     here: Any = data
     for part in parts[:-1]:
         if part == "target" and isinstance(here.get(part), str):
+            if not _names_target(here[part]):
+                load_target(here[part])  # refuses it, and names the nearest
             here[part] = {"name": here[part]}
         here = here.setdefault(part, {})
         if not isinstance(here, dict):
             raise ReapcError(f"--set {key}: {part!r} is not a section")
     here[parts[-1]] = value
+
+
+def _names_target(name: Any) -> bool:
+    return isinstance(name, str) and (name.endswith(".toml") or name in known_targets())
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -165,7 +171,7 @@ def make_recipe(data: dict[str, Any], path: Path) -> Recipe:
         if key not in data:
             raise ReapcError(f"{where}: [{key}] is missing", hint="a recipe needs [model] source and [target]")
     target = data["target"]
-    if isinstance(target, dict) and (set(target) == {"name"} or target.get("name") in known_targets()):
+    if isinstance(target, dict) and (set(target) == {"name"} or _names_target(target.get("name"))):
         overrides = {key: value for key, value in target.items() if key != "name"}
         target = target["name"]
     else:
@@ -185,6 +191,11 @@ def make_recipe(data: dict[str, Any], path: Path) -> Recipe:
         raise ReapcError(explain_validation(error, Recipe, where)) from error
     if recipe.prune.ratio != "auto" and recipe.prune.experts != "auto":
         raise ReapcError(f"{where}: prune.ratio and prune.experts are both given", hint="remove one of them")
+    if recipe.quantize.group_size != "auto" and recipe.quantize.method not in ("auto_round", "gptq"):
+        raise ReapcError(
+            f"{where}: quantize.group_size = {recipe.quantize.group_size}: GGUF types have blocks of their own",
+            hint='remove it, or set quantize.method to "auto_round" or "gptq"',
+        )
     if recipe.prune.method == "none" and (recipe.prune.experts != "auto" or recipe.prune.ratio not in ("auto", 0)):
         raise ReapcError(f'{where}: prune.method = "none" but prune.ratio or prune.experts asks for pruning')
     return recipe

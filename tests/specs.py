@@ -13,7 +13,7 @@ DEMO: dict[str, Any] = {
     "model_type": "qwen3_moe", "num_experts": 24, "hidden_size": 256, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "moe_intermediate_size": 256, "intermediate_size": 1024,
     "num_hidden_layers": 4, "vocab_size": 2048, "num_experts_per_tok": 4, "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": True, "norm_topk_prob": True,
 }  # fmt: skip
 
 

@@ -35,10 +35,10 @@ method = "ean"
 ratio = 0.125
 max_ratio = 0.5
 [quantize]
-method = "gguf"
+method = "gptq"
 bits = 4
 group_size = 128
-format = "Q4_K_M"
+format = "W4A16"
 imatrix = false
 pre_tokenizer = "qwen2"
 [calibration]
@@ -106,7 +106,7 @@ def test_every_key(tmp_path: Path) -> None:
     }  # fmt: skip
     assert recipe.prune.model_dump() == {"method": "ean", "ratio": 0.125, "experts": "auto", "max_ratio": 0.5}
     assert recipe.quantize.model_dump() == {
-        "method": "gguf", "bits": 4, "group_size": 128, "format": "Q4_K_M", "imatrix": False, "pre_tokenizer": "qwen2",
+        "method": "gptq", "bits": 4, "group_size": 128, "format": "W4A16", "imatrix": False, "pre_tokenizer": "qwen2",
     }  # fmt: skip
     assert recipe.calibration.model_dump() == {"data": "text.jsonl", "sequences": 7, "tokens": 64, "seed": 3}
     assert recipe.verify.model_dump() == {
@@ -321,6 +321,10 @@ def test_a_named_target_with_changes(tmp_path: Path) -> None:
         assert target.model_copy(update={"name": "rtx3090x2"}) == changed
     assert "did you mean 'vram'?" in refused(tmp_path, named, "target.vrma=8GB")
     assert "target.vram = 'lots'" in refused(tmp_path, named, "target.vram=lots")
+    assert "did you mean 'rtx3090x2'?" in refused(tmp_path, named.replace("0x2", "Ox2"), "target.ram=8GB")
+    write(tmp_path, 'gpus = 3\nvram = "4GB"\n', "box.toml")
+    boxed = load(tmp_path, named.replace("rtx3090x2", "box.toml"), "target.vram=8GB").target
+    assert (boxed.name, boxed.gpus, boxed.vram) == ("box", 3, 8 * 10**9)
     assert "target.name = ['a']" in refused(tmp_path, MINIMAL + 'name = ["a"]\n')
 
 
@@ -331,6 +335,12 @@ def test_ratio_and_experts(tmp_path: Path) -> None:
     for asked in ("ratio = 0.25", "experts = 6"):
         assert 'prune.method = "none"' in refused(tmp_path, MINIMAL + f'[prune]\nmethod = "none"\n{asked}\n')
     assert load(tmp_path, MINIMAL + '[prune]\nmethod = "none"\nratio = 0\n').prune.ratio == 0
+
+
+@pytest.mark.parametrize("method", ["auto", "none", "gguf"])
+def test_a_group_size_is_for_vllm_formats(tmp_path: Path, method: str) -> None:
+    text = MINIMAL + f'[quantize]\nmethod = "{method}"\ngroup_size = 128\n'
+    assert "quantize.group_size = 128" in refused(tmp_path, text)
 
 
 def test_unreadable_recipes(tmp_path: Path) -> None:

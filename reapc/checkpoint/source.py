@@ -52,8 +52,8 @@ def config_of(source: str, revision: str | None, base: Path) -> dict[str, Any]:
 
 
 def fetch(source: str, revision: str | None, base: Path) -> Path:
-    """A local folder with the whole checkpoint. Downloads resume, are pinned to ``revision`` and leave out
-    what is not needed (other weight formats, images)."""
+    """A local folder with the whole checkpoint. Downloads are pinned to ``revision`` and leave out what is not
+    needed (other weight formats, images). A cut connection resumes inside a file; a killed run keeps whole files."""
     folder = _local(source, base)
     if folder is not None:
         return folder
