@@ -26,6 +26,7 @@ from reapc.observe.observe import observe, observe_reference
 from reapc.observe.reference import read_reference
 from reapc.observe.scores import Scores, load_scores
 from reapc.plan import Plan
+from reapc.planner import prior
 from reapc.planner.search import make_plan
 from reapc.progress import Progress
 from reapc.prune.criteria import choose, dropped_share
@@ -36,9 +37,6 @@ from reapc.stream.tokens import Tokens
 from reapc.toolchain import find_llamacpp, require
 from reapc.verify.fidelity import Fidelity, log_probs, measure
 from reapc.verify.fit import FitRow, check_fit
-
-# KL per share of saliency removed: measured on the demo model (docs/how-it-works.md, "The second decision").
-KL_PER_DROPPED_SHARE = 1.3
 
 
 @dataclass(frozen=True)
@@ -228,7 +226,9 @@ class Build:
         criterion = self.first_plan.criterion
 
         def measured(kept: int) -> float:
-            return KL_PER_DROPPED_SHARE * dropped_share(scores, criterion, kept)
+            return prior.measured_pruning_loss(
+                1 - kept / scores.header["num_experts"], dropped_share(scores, criterion, kept)
+            )
 
         plan = make_plan(self.inputs.recipe, self.inputs.checkpoint.spec, self.inputs.recipe.model.source, measured)
         first, second = self.first_plan.chosen, plan.chosen

@@ -158,3 +158,11 @@ def test_cli(tmp_path: Path) -> None:
     assert "Arithmetic" in shown.output
     data = json.loads(runner.invoke(command, [str(recipe), "--json", "--set", "prune.ratio=0.25"]).output)
     assert Plan.model_validate(data).chosen.experts_kept == 18
+
+
+def test_measured_pruning_loss_is_the_priors_for_an_even_share_and_falls_with_the_share() -> None:
+    from reapc.planner.prior import measured_pruning_loss, pruning_loss
+
+    assert measured_pruning_loss(0.25, 0.25) == pytest.approx(pruning_loss(0.25))
+    assert measured_pruning_loss(0.25, 0.05) == pytest.approx(pruning_loss(0.25) / 5)
+    assert measured_pruning_loss(0.0, 0.0) == 0

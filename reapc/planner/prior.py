@@ -24,3 +24,10 @@ def quantization_loss(bits_per_expert_weight: float) -> float:
 def pruning_loss(ratio: float) -> float:
     """Expected KL of dropping this fraction of every layer's experts."""
     return 1.5 * ratio**2
+
+
+def measured_pruning_loss(ratio: float, dropped_share: float) -> float:
+    """Expected KL of dropping experts that carried ``dropped_share`` of the routed saliency (sum of gate weight x
+    norm). The prior's cost of that ratio, scaled by how much less than its even share (``ratio``) the dropped
+    experts carried; benchmarks/prune_damage.py compares it with the KL found on the demo model."""
+    return pruning_loss(ratio) * dropped_share / ratio if ratio else 0.0
