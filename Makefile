@@ -32,6 +32,7 @@ bench: setup
 	$(BIN)/python benchmarks/observe.py
 	$(BIN)/python benchmarks/prune.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/prune_damage.py
 
 clean:
 	rm -rf $(VENV) out
