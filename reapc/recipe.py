@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -114,7 +115,7 @@ class Recipe(_Section):
     @property
     def output_path(self) -> Path:
         """The folder that the build writes."""
-        return self.path(self.output.path) if self.output.path else Path("out") / self.name
+        return Path(os.path.normpath(self.path(self.output.path))) if self.output.path else Path("out") / self.name
 
 
 def _override(data: dict[str, Any], assignment: str) -> None:
