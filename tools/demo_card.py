@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from demo_data import VOCABULARY, TokenData
 from demo_engine import EXPERTS_NAME
+from demo_overlap import OVERLAP_TOKENS, in_shared_runs, window_hashes
 from safetensors import safe_open
 from transformers import Qwen3MoeForCausalLM
 
 RARELY_USED = 0.005
 MOST_USED = 3
-OVERLAP_TOKENS = 32
-HASH_FACTOR = np.uint64(6364136223846793005)
 
 
 def read_sequences(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -33,32 +32,13 @@ def _unigram_loss(rows: np.ndarray, stream: np.ndarray) -> float:
     return float(-np.log(counts / counts.sum())[rows[:, 1:]].mean())
 
 
-def _window_hashes(tokens: np.ndarray) -> np.ndarray:
-    """A hash of every run of ``OVERLAP_TOKENS`` tokens along the last axis."""
-    windows = tokens.shape[-1] - OVERLAP_TOKENS + 1
-    hashes = np.zeros((*tokens.shape[:-1], windows), dtype=np.uint64)
-    for offset in range(OVERLAP_TOKENS):
-        hashes *= HASH_FACTOR
-        hashes += tokens[..., offset : offset + windows].astype(np.uint64) + np.uint64(1)
-    return hashes
-
-
-def _met_in_training(rows: np.ndarray, trained_on: np.ndarray) -> np.ndarray:
-    """True for each token of ``rows`` that lies in a run of tokens which training text holds too."""
-    found = np.isin(_window_hashes(rows), trained_on)
-    met = np.zeros(rows.shape, dtype=bool)
-    for offset in range(OVERLAP_TOKENS):
-        met[:, offset : offset + found.shape[1]] |= found
-    return met
-
-
 @torch.no_grad()
 def evaluate(out: Path, data: TokenData) -> dict:
     """Held-out perplexity per domain, and which experts the router picks, of the bf16 weights on disk."""
     model = Qwen3MoeForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
     model.set_experts_implementation(EXPERTS_NAME)
     rows, row_domains, names = read_sequences(out / "held_out.safetensors")
-    trained_on = np.concatenate([_window_hashes(stream) for stream in data.streams.values()])
+    trained_on = np.concatenate([window_hashes(stream) for stream in data.streams.values()])
     layers, experts = model.config.num_hidden_layers, model.config.num_experts
     usage = np.zeros((len(names), layers, experts))
     held_out = {}
@@ -67,7 +47,7 @@ def evaluate(out: Path, data: TokenData) -> dict:
         batch = torch.from_numpy(part.astype(np.int64))
         output = model(input_ids=batch, output_router_logits=True, use_cache=False)
         losses = F.cross_entropy(output.logits[:, :-1].transpose(1, 2), batch[:, 1:], reduction="none").numpy()
-        met = _met_in_training(part, trained_on)[:, 1:]
+        met = in_shared_runs(part, trained_on)[:, 1:]
         for layer, logits in enumerate(output.router_logits):
             chosen = logits.topk(model.config.num_experts_per_tok, dim=-1).indices.flatten()
             usage[index, layer] = np.bincount(chosen.numpy(), minlength=experts) / len(chosen)

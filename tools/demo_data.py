@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from demo_corpus import Corpus, Document, build_corpus
+from demo_overlap import window_hashes, without_runs_of
 from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -120,15 +121,21 @@ def prepare(out: Path, work: Path, seed: int, say: Callable[[str], None] = print
     corpus = build_corpus(say)
     tokenizer = train_tokenizer(corpus, seed)
     say(f"tokenizer: {len(tokenizer)} tokens")
-    streams, held_out, calibration = {}, {}, {}
-    share = -(-CALIBRATION_SEQUENCES // len(corpus.domains))
+    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    held_out = {}
     for domain in corpus.domains:
-        streams[domain] = _stream(tokenizer, corpus.documents(domain, held_out=False), seed)
         unseen = _stream(tokenizer, corpus.documents(domain, held_out=True), seed)
         held_out[domain] = _spread_rows(unseen, HELD_OUT_SEQUENCES, HELD_OUT_LENGTH)
+    hashes = window_hashes(np.concatenate(list(held_out.values())))
+    streams, calibration = {}, {}
+    share = -(-CALIBRATION_SEQUENCES // len(corpus.domains))
+    for domain in corpus.domains:
+        whole = _stream(tokenizer, corpus.documents(domain, held_out=False), seed)
+        streams[domain] = without_runs_of(whole, hashes, end)
         left = CALIBRATION_SEQUENCES - sum(map(len, calibration.values()))
         calibration[domain] = _spread_rows(streams[domain], min(share, left), CALIBRATION_LENGTH)
-        say(f"{domain}: {len(streams[domain])} tokens to train on, {len(unseen)} held out")
+        cut = len(whole) - len(streams[domain])
+        say(f"{domain}: {len(streams[domain])} tokens to train on ({cut} cut: they are held out)")
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out / "model")
     write_sequences(out / "held_out.safetensors", held_out)
