@@ -23,6 +23,8 @@ def parse_bytes(text: str | int) -> int:
     match = _SIZE.match(str(text))
     if not match or match.group(2).upper() not in _FACTORS:
         raise ValueError(f"{text!r} is not a size; write for example '24GB' (24e9) or '24GiB' (24 * 2**30)")
+    if "." in match.group(1) and match.group(2).upper() in ("", "B"):
+        raise ValueError(f"{text!r} has a fraction but no unit; write for example '24.5GB' or '24.5GiB'")
     return round(float(match.group(1)) * _FACTORS[match.group(2).upper()])
 
 

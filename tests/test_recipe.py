@@ -269,7 +269,7 @@ def test_sizes(tmp_path: Path, written: str, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "written", ['"24 gigs"', '"-24GB"', '"GB"', '""', '"24GB extra"', '"1e9"', "true", "-1", "[1]"]
+    "written", ['"24 gigs"', "24.5", '"1.5"', '"-24GB"', '"GB"', '""', '"24GB extra"', '"1e9"', "true", "-1", "[1]"]
 )
 def test_bad_sizes(tmp_path: Path, written: str) -> None:
     message = refused(tmp_path, MINIMAL.replace('"16GB"', written))
