@@ -9,7 +9,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 
-from demo_overlap import OVERLAP_TOKENS, in_shared_runs, window_hashes, without_runs_of  # noqa: E402
+from demo_overlap import OVERLAP_TOKENS, in_shared_runs, window_hashes, without_runs_of
 
 
 def test_runs_that_are_held_out_are_cut_from_training() -> None:
