@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -67,12 +66,3 @@ def fetch(source: str, revision: str | None, base: Path) -> Path:
         )
     except (OSError, ValueError, HTTPError) as error:
         raise _hub_error(source, revision, error) from error
-
-
-def tokenizer_bytes(folder: Path) -> int | None:
-    """Bytes of the vocabulary's tokens as text, for the size of a GGUF header; None when unknown."""
-    try:
-        vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-        return sum(len(token.encode()) for token in vocab)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
