@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -57,10 +56,6 @@ class _Inputs:
     scores: Scores | None
 
 
-def _tokens_digest(tokens: Tokens) -> str:
-    return hashlib.sha256(tokens.input_ids.tobytes() + tokens.mask.tobytes() + tokens.domain.tobytes()).hexdigest()
-
-
 def _split(recipe: Recipe, folder: Path, vocab: int) -> tuple[Tokens, Tokens]:
     """Calibration and held-out tokens; without [verify] data, sequences that calibration does not use."""
     calibration, verify = recipe.calibration, recipe.verify
@@ -101,8 +96,8 @@ def _build_key(inputs: _Inputs) -> str:
             "recipe": recipe,
             "model": [inputs.checkpoint.digest, inputs.checkpoint.side_digest],
             "tools": _llamacpp_version(),
-            "calibration": _tokens_digest(inputs.calibration),
-            "held_out": _tokens_digest(inputs.held_out),
+            "calibration": inputs.calibration.digest,
+            "held_out": inputs.held_out.digest,
             "scores": digest_of(inputs.scores.to_json()) if inputs.scores else None,
             "reapc": __version__,
         }
@@ -190,7 +185,11 @@ class Build:
         """Scores and the reference of held-out text; only the latter when the scores are given."""
         inputs = self.inputs
         if inputs.scores:
-            given = {"model": inputs.checkpoint.digest, "held_out": _tokens_digest(inputs.held_out)}
+            given = {
+                "model": inputs.checkpoint.digest,
+                "held_out": inputs.held_out.digest,
+                "reapc": __version__,
+            }
 
             def reference(folder: Path, scratch: Path) -> None:
                 out = folder / "reference.safetensors"
@@ -200,8 +199,8 @@ class Build:
             return inputs.scores, folder / "reference.safetensors"
         depends = {
             "model": inputs.checkpoint.digest,
-            "calibration": _tokens_digest(inputs.calibration),
-            "held_out": _tokens_digest(inputs.held_out),
+            "calibration": inputs.calibration.digest,
+            "held_out": inputs.held_out.digest,
             "reapc": __version__,
         }
 
@@ -285,7 +284,7 @@ class Build:
 
     def _imatrix(self, pruned: Path, pruned_key: str) -> tuple[Path, str]:
         """The importance matrix, from the second moments of the pruned model's own routing."""
-        depends = {"model": pruned_key, "calibration": _tokens_digest(self.inputs.calibration), "reapc": __version__}
+        depends = {"model": pruned_key, "calibration": self.inputs.calibration.digest, "reapc": __version__}
 
         def work(folder: Path, scratch: Path) -> None:
             from reapc.quantize.imatrix import write_from_scores

@@ -136,10 +136,14 @@ def test_build_then_nothing_to_do_then_only_what_changed(project: Path, cache: s
     assert other["fidelity"]["kl"] < manifest["fidelity"]["kl"]
     assert digest(out / "model.gguf") == before
 
-    # the same recipe, another format, into the folder of the earlier result: replaced, whole
+    # the same recipe, another format, into the folder of the earlier result: replaced, whole; a neighbour stays
+    (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old" / "backup").write_text("mine")
     code, _, err = run(capsys, "build", project / "tiny.toml", "--out", out, "--set", "quantize.format=Q8_0")
     assert code == 0, err
     assert digest(out / "model.gguf") == digest(tmp_path / "q8" / "model.gguf")
+    assert (tmp_path / "out.old" / "backup").read_text() == "mine"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
     code, text, err = run(
         capsys, "build", project / "tiny.toml", "--out", tmp_path / "shared", "--json",

@@ -166,3 +166,10 @@ def test_foreign_work_folder_is_untouched(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ReapcError, match="left untouched"):
         observe(Checkpoint(tiny), make_tokens(1, 8), tmp_path / "w", Silent())
     assert (tmp_path / "w" / "thesis.txt").read_text() == "mine"
+
+
+def test_work_folder_that_a_kill_left_without_its_stamp_is_used_again(tiny: Path, tmp_path: Path) -> None:
+    for name in ("identity.partial", "hidden-held-out-0.bin", "layer-0.safetensors"):
+        (tmp_path / name).write_text("left over")
+    scores = observe(Checkpoint(tiny), make_tokens(1, 8), tmp_path, Silent())
+    assert scores.header["tokens"] == 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,11 +53,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield partial
         if partial.is_dir() and path.is_dir():
-            old = path.with_name(path.name + ".old")
-            remove(old)
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)) / path.name
             path.rename(old)
             partial.rename(path)
-            remove(old)
+            remove(old.parent)
         else:
             partial.replace(path)
         sync_folder(path.parent)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from reapc.arch import ModelSpec
-from reapc.engines.render import render, server_name
+from reapc.engines.render import render
 from reapc.formats import gguf
 from reapc.plan import DeviceBytes, Placement, Plan
 from reapc.recipe import Recipe
@@ -190,11 +190,6 @@ def serve_script(
     counts = list(chosen.placement.layers_per_device)
     gpus = len([d for d in chosen.placement.devices if d.name not in ("RAM", "host RAM")])
     values: dict[str, Any] = {
-        "plan": plan,
-        "name": server_name(plan),
-        "model": model_path_relative,
-        "host": recipe.serve.host,
-        "port": recipe.serve.port,
         "context": padded_context(chosen.context) * chosen.concurrency,
         "slots": chosen.concurrency,
         "kv": chosen.kv_dtype,
@@ -211,4 +206,4 @@ def serve_script(
         "bindings_hint": bindings_hint or "",
         "lib_hint": lib_hint or "",
     }
-    return render("llamacpp.sh.j2", values)
+    return render("llamacpp.sh.j2", plan, model_path_relative, recipe, values)

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from reapc.plan import Plan
+from reapc.recipe import Recipe
 
 
 def _comment(value: object) -> str:
@@ -21,12 +22,20 @@ def server_name(plan: Plan) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", plan.model.rstrip("/").rsplit("/", 1)[-1]).strip("-") or "model"
 
 
-def render(template: str, values: dict[str, Any]) -> str:
-    """The script; a value that the template misses is an error."""
+def render(template: str, plan: Plan, model: str, recipe: Recipe, values: dict[str, Any]) -> str:
+    """The script that serves ``model`` (a path from the script's folder); ``values`` are the engine's own. A value
+    that the template misses is an error."""
+    common = {
+        "plan": plan,
+        "name": server_name(plan),
+        "model": model,
+        "host": recipe.serve.host,
+        "port": recipe.serve.port,
+    }
     environment = Environment(
         loader=PackageLoader("reapc.engines"), undefined=StrictUndefined, keep_trailing_newline=True,
         trim_blocks=True, lstrip_blocks=True, autoescape=False,
     )  # fmt: skip
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     environment.filters["comment"] = _comment
-    return environment.get_template(template).render(values)
+    return environment.get_template(template).render(common | values)

@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import Any
 
 from reapc.arch import ModelSpec
-from reapc.engines.render import render, server_name
+from reapc.engines.render import render
 from reapc.plan import DeviceBytes, Placement, Plan
 from reapc.recipe import Recipe
 from reapc.target import Target
@@ -169,11 +169,6 @@ def serve_script(plan: Plan, model_path_relative: str, recipe: Recipe) -> str:
     devices = chosen.placement.devices
     geforce = any("RTX" in device.name and "PRO" not in device.name for device in devices)
     values: dict[str, Any] = {
-        "plan": plan,
-        "name": server_name(plan),
-        "model": model_path_relative,
-        "host": recipe.serve.host,
-        "port": recipe.serve.port,
         "gpus": len(devices),
         # vLLM refuses to start unless its whole share of a card is free
         "needs": [-(-round(device.capacity_bytes * GPU_MEMORY_UTILIZATION) // MIB) for device in devices],
@@ -186,4 +181,4 @@ def serve_script(plan: Plan, model_path_relative: str, recipe: Recipe) -> str:
         "batched": MAX_BATCHED_TOKENS,
         "no_custom_all_reduce": geforce and tp > 1,
     }
-    return render("vllm.sh.j2", values)
+    return render("vllm.sh.j2", plan, model_path_relative, recipe, values)

@@ -5,8 +5,8 @@ Resumable: every finished layer leaves ``layer-N.safetensors`` in the work folde
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +32,14 @@ def disk_bytes(checkpoint: Checkpoint, calibration: Tokens, held_out: Tokens | N
     return total + (HiddenStates.disk_bytes(held_out, hidden) if held_out else 0)
 
 
-def _digest(tokens: Tokens | None) -> str:
-    return hashlib.sha256(tokens.input_ids.tobytes() + tokens.mask.tobytes()).hexdigest() if tokens else ""
+# What a run leaves here; a kill while it is removed may leave some of it without the stamp.
+_OWN_FILE = re.compile(r"^(identity|layer-\d+\.safetensors)(\.partial)?$|^hidden-[a-z-]+-[01]\.bin$")
 
 
 def _finished_layers(work: Path, identity: str) -> int:
     """How many layers an interrupted run of the same observation has left here; anything else is removed."""
     stamp = work / "identity"
-    if not stamp.is_file() and any(work.iterdir()):
+    if not stamp.is_file() and not all(_OWN_FILE.match(path.name) for path in work.iterdir()):
         raise ReapcError(
             f"{work}: this work folder holds something else, which is left untouched", hint="choose another --work"
         )
@@ -74,7 +74,9 @@ def observe(
     from safetensors.numpy import load_file, save_file
 
     spec = checkpoint.spec
-    identity = json.dumps([checkpoint.digest, _digest(calibration), _digest(held_out), str(dtype), moments])
+    identity = json.dumps(
+        [checkpoint.digest, calibration.digest, held_out.digest if held_out else "", str(dtype), moments]
+    )
     make_folder(work)
     done = _finished_layers(work, identity)
     if not done:

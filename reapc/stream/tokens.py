@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ class Tokens:
     def count(self) -> int:
         """Real tokens."""
         return int(self.mask.sum())
+
+    @property
+    def digest(self) -> str:
+        """Identity of ids, mask and domains."""
+        return hashlib.sha256(self.input_ids.tobytes() + self.mask.tobytes() + self.domain.tobytes()).hexdigest()
 
     def take(self, rows: np.ndarray, length: int | None = None) -> Tokens:
         """Only the sequences ``rows``, cut to ``length`` tokens."""

@@ -41,7 +41,7 @@ def tensor_bytes(result: Path) -> int:
 
 def llama_allocation(gguf: Path, plan: Plan) -> tuple[int, int, int] | None:
     """Model, context and compute bytes that llama.cpp's own ``llama-fit-params`` prints (MiB precision);
-    None when that tool is absent."""
+    None when that tool is absent, or is one that does not answer in this form."""
     from reapc.toolchain import find_llamacpp
 
     tools = find_llamacpp()
@@ -55,14 +55,12 @@ def llama_allocation(gguf: Path, plan: Plan) -> tuple[int, int, int] | None:
     ]  # fmt: skip
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tools.fit_params.parent)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-    if done.returncode:
-        raise ReapcError(f"llama-fit-params could not read {gguf}: {done.stderr.strip()[-400:]}", exit_code=1)
-    sums = [0, 0, 0]
-    for line in done.stdout.splitlines():
-        parts = line.split()
-        if len(parts) == 4 and all(part.isdigit() for part in parts[1:]):
-            sums = [a + int(b) for a, b in zip(sums, parts[1:], strict=True)]
-    return sums[0] << 20, sums[1] << 20, sums[2] << 20
+    lines = [line.split() for line in done.stdout.splitlines()]
+    rows = [[int(n) for n in line[1:]] for line in lines if len(line) == 4 and all(n.isdigit() for n in line[1:])]
+    if done.returncode or not rows:
+        return None
+    model, context, compute = (sum(column) << 20 for column in zip(*rows, strict=True))
+    return model, context, compute
 
 
 def check_fit(result: Path, plan: Plan) -> list[FitRow]:
