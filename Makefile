@@ -33,6 +33,7 @@ bench: setup
 	$(BIN)/python benchmarks/prune.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/prune_damage.py
+	$(BIN)/python benchmarks/fit.py
 
 clean:
 	rm -rf $(VENV) out

@@ -141,7 +141,7 @@ class Build:
         make_folder(self.cache.root)
         folder = fetch(recipe.model.source, recipe.model.revision, recipe.base)
         checkpoint = Checkpoint(folder)
-        self.first_plan = make_plan(recipe, checkpoint.spec, recipe.model.source)
+        self.first_plan = make_plan(recipe, checkpoint.spec, recipe.model.source, buildable=True)
         if self.first_plan.chosen.engine == "llama.cpp":
             for tool in ("convert", "quantize", "lib_dir"):
                 require(tool)
@@ -229,7 +229,8 @@ class Build:
                 1 - kept / scores.header["num_experts"], dropped_share(scores, criterion, kept)
             )
 
-        plan = make_plan(self.inputs.recipe, self.inputs.checkpoint.spec, self.inputs.recipe.model.source, measured)
+        source = self.inputs.recipe.model.source
+        plan = make_plan(self.inputs.recipe, self.inputs.checkpoint.spec, source, measured, buildable=True)
         first, second = self.first_plan.chosen, plan.chosen
         if (first.experts_kept, first.format) != (second.experts_kept, second.format):
             self.progress.log(

@@ -51,8 +51,7 @@ def _matmul_rate() -> float:
 def estimate(checkpoint: Checkpoint, plan: Plan, calibration: Tokens, held_out: Tokens) -> Estimate:
     """The needs of a build of ``plan``: two observations, a verification, and the copies between."""
     spec, chosen = checkpoint.spec, plan.chosen
-    roles = spec.parameters_by_role()
-    active = spec.parameters - roles.get("embedding", 0) - roles["expert"] * (1 - spec.top_k / spec.num_experts)
+    active = spec.active_parameters
     tokens = 2 * calibration.count + 2 * held_out.count
     quantized = chosen.engine == "llama.cpp" and chosen.format not in ("BF16", "F16")
     pruned_spec = spec.with_experts(chosen.experts_kept)
@@ -66,8 +65,7 @@ def estimate(checkpoint: Checkpoint, plan: Plan, calibration: Tokens, held_out: 
     reference = 4 * held_out.input_ids.size * min(spec.vocab_size, 512)
     disk = disk_bytes(checkpoint, calibration, held_out) + reference + pruned_bytes + base_bytes + chosen.file_bytes
     layer = max(
-        sum(t.parameters for t in layer.tensors if t.role != "expert")
-        + max((t.parameters for t in layer.tensors if t.role == "expert"), default=0) * 3
+        sum(group.unit_parameters * (3 if group.role == "expert" else 1) for group in layer.kind.tensors)
         for layer in spec.layers
     )
     head = spec.vocab_size * (spec.hidden_size + 3 * 2048)  # the head in fp32 and the log-probabilities of a part

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from reapc.errors import ReapcError
 from reapc.schema import explain_validation, nearest
-from reapc.target import Target, known_targets, load_target, make_target
+from reapc.target import Target, is_target, load_target, make_target
 
 Auto = Literal["auto"]
 Criterion = Literal["reap", "ean", "ean_sum", "frequency", "weighted_sum"]
@@ -43,7 +43,9 @@ class ServeSection(_Section):
     engine: Literal["auto", "llama.cpp", "vllm"] = "auto"
     context: int = Field(default=4096, ge=16)
     concurrency: int = Field(default=1, ge=1)
-    kv_cache: Literal["auto", "f16", "bf16", "q8_0", "q4_0", "fp8"] = "auto"
+    # "native": the engine's own 16 bit; "auto": the planner may quantize the cache
+    kv_cache: Literal["native", "auto", "f16", "bf16", "q8_0", "q4_0", "fp8"] = "native"
+    experimental: Annotated[tuple[str, ...], Field(strict=False)] = ()
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=1, le=65535)
 
@@ -141,7 +143,7 @@ def _override(data: dict[str, Any], assignment: str) -> None:
 
 
 def _names_target(name: Any) -> bool:
-    return isinstance(name, str) and (name.endswith(".toml") or name in known_targets())
+    return isinstance(name, str) and (name.endswith(".toml") or is_target(name))
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -181,7 +183,7 @@ def make_recipe(data: dict[str, Any], path: Path) -> Recipe:
         local = path.parent / target
         resolved = load_target(str(local) if target.endswith(".toml") and local.is_file() else target)
         if overrides:
-            resolved = make_target({**resolved.model_dump(), **overrides}, where)
+            resolved = make_target(overrides, where, base=resolved)
     elif isinstance(target, dict):
         resolved = make_target(target, where)
     else:

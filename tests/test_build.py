@@ -225,8 +225,8 @@ class TestRefusals:
         code, _, err = run(capsys, *arguments, 'target.ram="1MB"')
         assert code == 1
         need = int(err.split("needs ")[1].split(" bytes")[0])
-        assert run(capsys, "plan", project / "tiny.toml", "--set", f"target.ram={need}")[0] == 0
-        assert run(capsys, "plan", project / "tiny.toml", "--set", f"target.ram={need - 1}")[0] == 1
+        assert run(capsys, "plan", project / "tiny.toml", "--set", f"target.ram={need}B")[0] == 0
+        assert run(capsys, "plan", project / "tiny.toml", "--set", f"target.ram={need - 1}B")[0] == 1
 
     def test_no_room_is_found_before_the_first_pass(self, project: Path, cache: str, capsys, tmp_path, monkeypatch):
         monkeypatch.setattr("reapc.checkpoint.atomic.free_bytes", lambda path: 12345)

@@ -186,24 +186,33 @@ def test_compare_by_domain_and_as_text(cli: Cli, tiny: Path, work: Path, tmp_pat
     assert "law: KL" in text
 
 
-def test_plan(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that llama.cpp's converter takes: no dense layers."""
+    return make_model(tmp_path_factory.mktemp("sparse"), mlp_only_layers=[])
+
+
+def test_plan(cli: Cli, sparse: Path, tiny: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text(ROOMY.format(tiny))
-    plan = cli.json("plan", recipe)
+    assert "does not know dense layers" in cli.fails(1, "plan", recipe)
+    tiny = sparse
+    recipe.write_text(ROOMY.format(tiny))
+    plan = cli.json("plan", recipe)["plan"]
     assert plan["model"] == str(tiny)
-    assert (plan["num_experts"], plan["top_k"]) == (12, 3)
-    assert plan["chosen"]["experts_kept"] == 12
-    assert plan["chosen"]["engine"] == "llama.cpp"
-    asked = cli.json("plan", recipe, "--set", "prune.experts=10", "--set", "quantize.format=Q8_0")
-    assert (asked["chosen"]["experts_kept"], asked["chosen"]["format"]) == (10, "Q8_0")
+    assert (plan["experts"]["count"], plan["experts"]["top_k"]) == (12, 3)
+    assert plan["experts_kept"] == 12
+    assert plan["engine"] == "llama.cpp"
+    asked = cli.json("plan", recipe, "--set", "prune.experts=10", "--set", "quantize.format=Q8_0")["plan"]
+    assert (asked["experts_kept"], asked["format"]) == (10, "Q8_0")
     assert "experts" in cli("plan", recipe)
     assert "did you mean 'ratio'?" in cli.fails(2, "plan", recipe, "--set", "prune.ration=0.1")
     cli.fails(1, "plan", recipe, "--set", "target.ram=1MB")
 
 
-def test_plan_imports_neither_torch_nor_transformers(tiny: Path, tmp_path: Path) -> None:
+def test_plan_imports_neither_torch_nor_transformers(sparse: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
-    recipe.write_text(ROOMY.format(tiny))
+    recipe.write_text(ROOMY.format(sparse))
     code = (
         "import sys\nfrom reapc.cli.main import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
         "    assert end.code == 0\nprint(sorted({'torch', 'transformers', 'reapc.planner'} & set(sys.modules)))\n"

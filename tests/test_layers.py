@@ -12,16 +12,19 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "reapc"
-PURE = ("planner", "arch", "formats", "engines", "recipe", "target", "plan", "units", "schema", "errors")
+PURE = (
+    "planner", "arch", "formats", "engines", "recipe", "target", "plan", "units", "schema", "errors", "machine",
+    "probes",
+)  # fmt: skip
 PASSES = ("observe", "prune", "quantize", "verify")
-TOP = ("build", "cli", "emit", "estimate", "stages")
+TOP = ("build", "cli", "emit", "estimate", "stages", "inspection")
 HEAVY = ("torch", "transformers")
 FORBIDDEN = {
     **dict.fromkeys(PURE, ("stream", *PASSES, *TOP, "checkpoint")),
     "checkpoint": ("stream", *PASSES, *TOP, "planner", "engines"),
     "stream": (*PASSES, *TOP, "planner", "engines"),
     **dict.fromkeys(PASSES, ("planner", *TOP)),
-    **dict.fromkeys(("build", "emit", "estimate", "stages", "toolchain", "progress"), ("cli",)),
+    **dict.fromkeys(("build", "emit", "estimate", "stages", "toolchain", "progress", "inspection"), ("cli",)),
 }
 FORBIDDEN["prune"] = FORBIDDEN["observe"] = (*FORBIDDEN["observe"], "verify", "quantize")
 
@@ -94,7 +97,7 @@ def test_pure_parts_never_import_torch(part: str) -> None:
     assert not offences(part, HEAVY)
 
 
-@pytest.mark.parametrize("part", ["cli", "toolchain", "progress", "stages", "emit", "checkpoint"])
+@pytest.mark.parametrize("part", ["cli", "toolchain", "progress", "stages", "emit", "checkpoint", "inspection"])
 def test_torch_is_imported_late(part: str) -> None:
     assert not offences(part, HEAVY, lazily=False)
 
@@ -118,7 +121,7 @@ def test_nothing_but_main_imports_cli() -> None:
 def test_light_parts_start_without_torch() -> None:
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for part in (*PURE, "checkpoint", "cli", "toolchain", "progress", "emit")
+        for part in (*PURE, "checkpoint", "cli", "toolchain", "progress", "emit", "inspection")
         for path in files_of(part)
     ]
     assert "reapc.planner.search" in modules

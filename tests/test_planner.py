@@ -15,6 +15,7 @@ from reapc.cli.plan import command
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.plan import Plan
 from reapc.planner.explain import arithmetic
+from reapc.planner.question import from_recipe
 from reapc.planner.search import make_plan
 
 SERVE = {"context": 2048}
@@ -50,17 +51,17 @@ def test_a_tight_budget_prunes_and_quantizes() -> None:
 
 
 def test_every_device_is_checked_and_not_the_sum() -> None:
-    """Two layers on three cards: llama.cpp has no way to use the third."""
+    """Two layers on three cards: llama.cpp has no way to use the third, which stays idle."""
     spec = demo_spec(num_hidden_layers=2)
     recipe = recipe_of({"gpus": 3, "vram": "24GiB"}, serve={**SERVE, "engine": "llama.cpp"})
-    with pytest.raises(CannotBeDone, match="3 cards for 2 layers"):
-        make_plan(recipe, spec, "x")
+    cards = make_plan(recipe, spec, "x").chosen.placement.devices[:3]
+    assert [device.used_bytes > 0 for device in cards] == [True, True, False]
     one = recipe_of({"gpus": 4, "vram": "1060MiB"}, serve={**SERVE, "engine": "llama.cpp"})
     plan = make_plan(one, demo_spec(), "x")
     assert sum(plan.chosen.placement.layers_per_device) == 4
     for device in plan.chosen.placement.devices:
         assert device.used_bytes <= device.capacity_bytes
-        assert device.overhead_bytes == 2**30
+        assert device.overhead_bytes >= 2**30
 
 
 def test_qwen30b_on_one_3090_is_served_quantized_by_llama_cpp() -> None:
@@ -68,17 +69,26 @@ def test_qwen30b_on_one_3090_is_served_quantized_by_llama_cpp() -> None:
     assert (plan.chosen.engine, plan.chosen.experts_kept) == ("llama.cpp", 128)
     reasons = {(r.engine, r.format): r.reason for r in plan.refused}
     assert "too much" in reasons["vllm", "bf16"]
-    assert "not in this version" in reasons["vllm", "gptq"]
+    assert "alone need" in reasons["vllm", "bf16"] or "needs" in reasons["vllm", "bf16"]
 
 
 def test_nothing_fits_names_the_smallest_budget_exactly() -> None:
-    with pytest.raises(CannotBeDone, match=r"prune\.max_ratio") as caught:
-        demo_plan("40MiB")
+    with pytest.raises(CannotBeDone) as caught:
+        demo_plan("51MiB")
     assert caught.value.exit_code == 1
-    need = int(re.search(r"target\.ram = (\d+)", str(caught.value)).group(1))  # type: ignore[union-attr]
-    assert demo_plan(str(need)).chosen.fits
+    need = int(re.search(r'target\.ram = "(\d+)B"', str(caught.value)).group(1))  # type: ignore[union-attr]
+    assert demo_plan(f"{need}B").chosen.fits
     with pytest.raises(CannotBeDone):
-        demo_plan(str(need - 1))
+        demo_plan(f"{need - 1}B")
+    # every way that the error names does help, and a step less of it does not
+    ratio = float(re.search(r"prune\.max_ratio = ([\d.]+)", str(caught.value)).group(1))  # type: ignore[union-attr]
+    assert demo_plan("51MiB", prune={"max_ratio": ratio}).chosen.fits
+    with pytest.raises(CannotBeDone):
+        demo_plan("51MiB", prune={"max_ratio": ratio - 1 / 24})
+    context = int(re.search(r"serve\.context = (\d+)", str(caught.value)).group(1))  # type: ignore[union-attr]
+    assert demo_plan("51MiB", serve={"context": context}).chosen.fits
+    with pytest.raises(CannotBeDone):
+        demo_plan("51MiB", serve={"context": context + 1})
 
 
 def test_nothing_fits_on_cards_names_the_bytes_per_card() -> None:
@@ -87,10 +97,10 @@ def test_nothing_fits_on_cards_names_the_bytes_per_card() -> None:
 
     with pytest.raises(CannotBeDone) as caught:
         plan("2GiB")
-    need = int(re.search(r"target\.vram = (\d+)", str(caught.value)).group(1))  # type: ignore[union-attr]
-    assert plan(str(need)).chosen.fits
+    need = int(re.search(r'target\.vram = "(\d+)B"', str(caught.value)).group(1))  # type: ignore[union-attr]
+    assert plan(f"{need}B").chosen.fits
     with pytest.raises(CannotBeDone):
-        plan(str(need - 1))
+        plan(f"{need - 1}B")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +110,7 @@ def test_nothing_fits_on_cards_names_the_bytes_per_card() -> None:
         ({"prune": {"experts": 25}}, "the model has 24 experts", 2),
         ({"serve": {"context": 8192}}, "knows 4096 positions", 2),
         ({"quantize": {"format": "Q4_KM"}}, "did you mean 'Q4_K_M'", 2),
-        ({"quantize": {"method": "gptq"}}, "GPTQ driver is not in this version", 1),
+        ({"quantize": {"method": "gptq"}}, "vLLM needs a GPU", 1),
         ({"quantize": {"method": "gguf"}, "serve": {"engine": "vllm"}}, "vllm.*cannot serve", 1),
         ({"serve": {"engine": "vllm"}}, "vLLM needs a GPU", 1),
         ({"quantize": {"format": "IQ2_XS", "imatrix": False}}, "importance matrix", 1),
@@ -141,10 +151,11 @@ def test_measured_losses_replace_the_prior() -> None:
 def test_arithmetic_adds_up() -> None:
     recipe = recipe_of({"ram": "55.6MiB"}, serve=SERVE)
     plan = make_plan(recipe, demo_spec(), "demo")
-    lines = arithmetic(plan, demo_spec(), recipe)
+    lines = arithmetic(plan, from_recipe(recipe, demo_spec(), "demo"))
     tensors = sum(size for name, size, _ in lines if not name.startswith("RAM"))
     assert tensors == plan.chosen.weights_bytes
-    assert sum(size for name, size, _ in lines if name.startswith("RAM")) == plan.chosen.placement.devices[0].used_bytes
+    ram = plan.chosen.placement.devices[0]
+    assert sum(size for name, size, _ in lines if name.startswith("RAM")) == ram.capacity_bytes
 
 
 def test_cli(tmp_path: Path) -> None:
@@ -157,7 +168,8 @@ def test_cli(tmp_path: Path) -> None:
     assert "Bytes per device" in shown.output
     assert "Arithmetic" in shown.output
     data = json.loads(runner.invoke(command, [str(recipe), "--json", "--set", "prune.ratio=0.25"]).output)
-    assert Plan.model_validate(data).chosen.experts_kept == 18
+    assert data["plan"]["experts_kept"] == data["plan"]["experts"]["kept"] == 18
+    assert sum(row["bytes"] for row in data["plan"]["tensors"]) == data["plan"]["weights_bytes"]
 
 
 def test_measured_pruning_loss_is_the_priors_for_an_even_share_and_falls_with_the_share() -> None:

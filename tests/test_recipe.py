@@ -80,7 +80,8 @@ def test_defaults(tmp_path: Path) -> None:
     assert recipe.model_dump(exclude={"target"}) == {
         "model": {"source": "some/model", "revision": None},
         "serve": {
-            "engine": "auto", "context": 4096, "concurrency": 1, "kv_cache": "auto", "host": "127.0.0.1", "port": 8080,
+            "engine": "auto", "context": 4096, "concurrency": 1, "kv_cache": "native", "host": "127.0.0.1",
+            "port": 8080, "experimental": (),
         },
         "prune": {"method": "auto", "ratio": "auto", "experts": "auto", "max_ratio": 0.25},
         "quantize": {
@@ -103,6 +104,7 @@ def test_every_key(tmp_path: Path) -> None:
     assert recipe.model.model_dump() == {"source": "./m", "revision": "v2"}
     assert recipe.serve.model_dump() == {
         "engine": "vllm", "context": 8192, "concurrency": 4, "kv_cache": "fp8", "host": "0.0.0.0", "port": 9000,
+        "experimental": (),
     }  # fmt: skip
     assert recipe.prune.model_dump() == {"method": "ean", "ratio": 0.125, "experts": "auto", "max_ratio": 0.5}
     assert recipe.quantize.model_dump() == {
@@ -218,7 +220,7 @@ def test_wrong_type_in_the_target(tmp_path: Path, key: str, value: str) -> None:
 
 def test_a_section_that_is_no_table(tmp_path: Path) -> None:
     assert "mine.toml: prune = 3" in refused(tmp_path, "prune = 3\n" + MINIMAL)
-    assert "mine.toml: model = 'x'" in refused(tmp_path, 'model = "x"\n[target]\nram = 1000\n')
+    assert "mine.toml: model = 'x'" in refused(tmp_path, 'model = "x"\n[target]\nram = "1KB"\n')
     assert "target = 7" in refused(tmp_path, 'target = 7\n[model]\nsource = "x/y"\n')
 
 
@@ -260,7 +262,7 @@ def test_target_without_memory(tmp_path: Path) -> None:
     ("written", "count"),
     [
         ('"24GB"', 24 * 10**9), ('"24GiB"', 24 * 2**30), ('"24gib"', 24 * 2**30), ('"24 GB"', 24 * 10**9),
-        ('"24123MiB"', 24123 * 2**20), ('"1.5TB"', 1_500_000_000_000), ('"512"', 512), ("512", 512), ('"7B"', 7),
+        ('"24123MiB"', 24123 * 2**20), ('"1.5TB"', 1_500_000_000_000), ('"512B"', 512), ('"7B"', 7),
         ('"3KB"', 3000), ('"3KiB"', 3072),
     ],
 )  # fmt: skip

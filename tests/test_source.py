@@ -126,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def model_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    folder = make_model(tmp_path_factory.mktemp("hub") / "m", shards="100KB")
+    folder = make_model(tmp_path_factory.mktemp("hub") / "m", shards="100KB", mlp_only_layers=[])
     files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "notes.txt"}
     assert sum(name.endswith(".safetensors") for name in files) > 2
     return {**files, "README.md": b"# tiny", "tokenizer.json": b"{}"}
@@ -251,7 +251,7 @@ def test_plan_asks_for_the_config_alone(hub: Hub, tmp_path: Path) -> None:
     recipe.write_text(PLAN)
     done = run(hub, tmp_path / "home", "-m", "reapc", "plan", str(recipe), "--json", "--set", "model.revision=v1.0")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["model"] == NAME
+    assert json.loads(done.stdout)["plan"]["model"] == NAME
     assert set(hub.got()) == {"config.json"}
     assert {path for _, path, _ in hub.asked if "/resolve/" in path} == {f"/{NAME}/resolve/v1.0/config.json"}
 

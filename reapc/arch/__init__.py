@@ -1,6 +1,6 @@
 """What a model is, from its config.json alone."""
 
 from reapc.arch.config import load_config, model_spec
-from reapc.arch.spec import LayerSpec, ModelSpec, TensorSpec
+from reapc.arch.spec import LayerKind, LayerSpec, ModelSpec, TensorGroup, TensorSpec
 
-__all__ = ["LayerSpec", "ModelSpec", "TensorSpec", "load_config", "model_spec"]
+__all__ = ["LayerKind", "LayerSpec", "ModelSpec", "TensorGroup", "TensorSpec", "load_config", "model_spec"]

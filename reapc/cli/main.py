@@ -12,12 +12,15 @@ from reapc.errors import ReapcError
 
 COMMANDS = {
     "build": "Compile a recipe: decide, observe, prune, quantize, verify, and write the server's script.",
+    "fit": "Show which models fit a hardware budget, pruned and quantized how.",
     "plan": "Show what a build of a recipe would decide, and why.",
+    "inspect": "Show a model in numbers: parameters by part, weights in any format, KV cache.",
     "observe": "Record expert scores of a model over calibration text.",
     "scores": "Show or merge scores files.",
     "prune": "Drop the experts with the lowest scores from a checkpoint.",
     "quantize": "Write a checkpoint as a quantized GGUF file.",
     "compare": "Measure KL, top-1 agreement and perplexity of one model against another.",
+    "formats": "List the weight formats: bits per weight, engines, minimum capability.",
     "targets": "List the hardware targets that reapc knows.",
     "doctor": "Check the external tools, and install llama.cpp's.",
 }

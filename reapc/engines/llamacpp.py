@@ -1,146 +1,350 @@
-"""llama.cpp: what llama-server accepts, and where it puts every byte (``-sm layer``, no CPU offload of experts).
+"""llama.cpp: what llama-server accepts, and where it puts every byte (``-sm layer``, experts in RAM where needed).
 
-Read in llama.cpp 0c1e57098 (facts/llamacpp-memory.md) and checked with llama-server on small models.
+Read in llama.cpp 0c1e57098 (facts/llamacpp-memory.md) and checked with llama-server and llama-fit-params.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
-from reapc.arch import ModelSpec
+from reapc.arch import LayerKind, ModelSpec
+from reapc.engines import data
 from reapc.engines.render import render
 from reapc.formats import gguf
-from reapc.plan import DeviceBytes, Placement, Plan
-from reapc.recipe import Recipe
+from reapc.formats.gguf_sizes import sizes
+from reapc.plan import HOST, RAM, DeviceBytes, Placement, Plan
+from reapc.recipe import Recipe, ServeSection
 from reapc.target import Target
 
 NAME = "llama.cpp"
-MICRO_BATCH_TOKENS = 512
-BATCH_TOKENS = 2048
-CONTEXT_PAD_TOKENS = 256
-MAX_DEVICES = 16
-KV_TYPES = {"f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
-GGML_TYPE_NUMBERS = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}  # as llama-cpp-python wants them
 MIB = 2**20
-
-# Measured 2026-11: RSS of llama-server (Linux x86-64, 2 cores, libraries counted) after a completion over 1900 tokens,
-# less the buffers that it prints: 22.9 to 24.7 MiB with a vocabulary of 2048; the rest is a margin for more threads.
-LLAMA_SERVER_BASE_BYTES = 30 * MIB
-# Measured: a vocabulary of 151,936 tokens and as many merges adds 38 MiB (265 bytes per token).
-TOKENIZER_BYTES_PER_TOKEN = 300
-# CUDA context, cuBLAS and what ggml does not count: llama.cpp's own default for --fit-target.
-GPU_OVERHEAD_BYTES = 1024 * MIB
+_DATA = data.load("llamacpp")
+_MEMORY: dict[str, int] = _DATA["memory"]
+KV_TYPES: dict[str, dict[str, int]] = _DATA["kv"]
+MICRO_BATCH_TOKENS, BATCH_TOKENS = _MEMORY["micro_batch_tokens"], _MEMORY["batch_tokens"]
+STATE_ELEMENT_BYTES = 4  # conv and recurrent state are F32
 
 
 def kv_type(requested: str) -> str:
-    """The cache type that "auto" stands for."""
-    return "f16" if requested == "auto" else requested
+    """The cache type that the request stands for."""
+    return "f16" if requested in ("native", "auto") else requested
+
+
+def kv_choices(requested: str) -> tuple[str, ...]:
+    """Cache types to try, best first: "auto" admits quantized ones."""
+    return ("f16", "q8_0", "q4_0") if requested == "auto" else (kv_type(requested),)
 
 
 def padded_context(context: int) -> int:
     """Tokens of one slot: llama.cpp rounds up to 256."""
-    return -(-context // CONTEXT_PAD_TOKENS) * CONTEXT_PAD_TOKENS
+    pad = _MEMORY["context_pad_tokens"]
+    return -(-context // pad) * pad
 
 
-def legal(spec: ModelSpec, fmt: str, target: Target, recipe: Recipe) -> str | None:
-    """Why llama.cpp cannot serve this, or None."""
-    if not spec.norm_topk:
+def refusal(spec: ModelSpec, fmt: str, target: Target, serve: ServeSection, kv: str, imatrix: bool) -> str | None:
+    """Why llama.cpp cannot serve this at any expert count, or None."""
+    if spec.gguf_arch is None:
+        return f"llama.cpp (version {_DATA['version']}) does not know this architecture ({spec.model_type})"
+    if (packed := gguf.native_expert_type(spec)) and fmt not in (f"{packed}_MOE", "BF16", "F16", "F32"):
+        return f"its experts are published in {packed}, which llama-quantize refuses to requantize to {fmt}"
+    if spec.gguf_arch in ("qwen2moe", "qwen3moe", "qwen3vlmoe") and len(spec.moe_layers) < spec.num_layers:
+        return "llama.cpp's converter does not know dense layers in this family, and the model has some"
+    if spec.gguf_arch == "qwen3moe" and not spec.norm_topk:
         return "llama.cpp renormalizes the top-k gate weights of this family; this model has norm_topk_prob = false"
-    kv = kv_type(recipe.serve.kv_cache)
     if kv not in KV_TYPES:
         return f"llama.cpp has no {kv} KV cache (it has {', '.join(KV_TYPES)})"
-    if (block := KV_TYPES[kv][0]) and spec.head_dim % block:
-        return f"a {kv} KV cache needs a head size that is a multiple of {block}; this model has {spec.head_dim}"
-    if fmt in gguf.NEEDS_IMATRIX and not recipe.quantize.imatrix:
+    if (block := KV_TYPES[kv]["block"]) > 1:
+        for layer in spec.layers:
+            for stream in layer.kind.cache:
+                heads = max(1, stream.heads)
+                if stream.k_elements // heads % block or stream.v_elements // heads % block:
+                    return f"a {kv} KV cache needs head sizes that are multiples of {block}; this model has others"
+    if fmt in gguf.NEEDS_IMATRIX and not imatrix:
         return f"{fmt} needs an importance matrix and the recipe says quantize.imatrix = false"
-    if target.gpus > MAX_DEVICES:
-        return f"llama.cpp is built for at most {MAX_DEVICES} cards; the target has {target.gpus}"
-    if target.gpus > spec.num_layers:
-        return f"{target.gpus} cards for {spec.num_layers} layers: -sm layer gives every card at least one layer"
-    if spec.num_experts % spec.n_group:
-        return f"{spec.num_experts} experts do not divide into the router's {spec.n_group} groups"
+    if target.nodes > 1:
+        return "reapc plans llama.cpp on one machine; the target has several"
     return None
 
 
-def kv_layer_bytes(spec: ModelSpec, layer: int, context: int, concurrency: int, kv: str) -> int:
+def cache_entries(window: int | None, stride: int, context: int) -> int:
+    """Cells of one slot: the padded context, or on sliding layers the window and a micro-batch, padded."""
+    cells = padded_context(context)
+    if window is not None:
+        cells = min(cells, padded_context(window + MICRO_BATCH_TOKENS))
+    return -(-cells // stride)
+
+
+def kv_layer_bytes(kind: LayerKind, context: int, concurrency: int, kv: str) -> int:
     """KV cache of one layer over all slots, exact."""
-    block, size = KV_TYPES[kv]
-    return padded_context(context) * concurrency * spec.layers[layer].kv_elements // block * size
+    block, size = KV_TYPES[kv]["block"], KV_TYPES[kv]["bytes"]
+    return sum(
+        cache_entries(stream.window, stream.stride, context) * concurrency * (stream.elements // block * size)
+        for stream in kind.cache
+    )
 
 
-def workspace_bytes(spec: ModelSpec, context: int) -> int:
-    """Compute buffer of one device: an upper bound, 0 to 60 % above five shapes measured with llama-server.
-
-    The attention mask in f16 over one slot, plus float32 activations of one micro-batch: twice the experts' outputs,
-    three times their inner rows, one hidden state; or the attention's, where that is more. llama-server computes
-    logits only for the last token of each slot, so the vocabulary does not enter.
-    """
-    mask = padded_context(context) * MICRO_BATCH_TOKENS * 2
+def _scratch_elements(spec: ModelSpec) -> int:
+    """Float32 activations of one token that are alive at once: the widest of experts, attention and dense MLP."""
     hidden, top_k = spec.hidden_size, spec.top_k
     experts = 2 * hidden * top_k + 3 * spec.expert_intermediate_size * top_k + hidden
     attention = 3 * hidden + 2 * spec.num_heads * spec.head_dim
-    dense = hidden + 3 * spec.dense_intermediate_size if len(spec.moe_layers) < spec.num_layers else 0
-    return mask + max(experts, attention, dense) * 4 * MICRO_BATCH_TOKENS
+    widest = 0
+    for kind in {id(layer.kind): layer.kind for layer in spec.layers}.values():
+        latent = max((s.k_elements for s in kind.cache if s.kind == "latent"), default=0)
+        if latent:  # the absorbed queries, and the attended latents before they are expanded
+            widest = max(widest, 3 * hidden + spec.num_heads * (spec.head_dim + 2 * latent))
+        # inputs and outputs of the layer's widest linears (linear attention's fused projections, a dense MLP)
+        out = sum(rows for g in kind.tensors if g.role in ("attention", "dense_mlp") for rows, _ in g.linears)
+        widest = max(widest, hidden + 2 * out)
+    return max(experts, attention, widest)
 
 
-def place(spec: ModelSpec, fmt: str, target: Target, recipe: Recipe) -> Placement:
-    """Bytes per device. Layers go to cards in order, whole, so that the fullest card is as empty as possible."""
-    tensors = gguf.tensor_types(spec, fmt, recipe.quantize.imatrix)
-    serve = recipe.serve
-    kv = kv_type(serve.kv_cache)
-    layer_weights = [0] * spec.num_layers
-    embedding = outer = 0
-    for tensor in tensors:
-        if tensor.name.startswith("blk."):
-            layer_weights[int(tensor.name.split(".")[1])] += tensor.data_bytes
-        elif tensor.name == "token_embd.weight":
-            embedding = tensor.data_bytes
-        else:
-            outer += tensor.data_bytes
-    layer_kv = [kv_layer_bytes(spec, i, serve.context, serve.concurrency, kv) for i in range(spec.num_layers)]
-    workspace = workspace_bytes(spec, serve.context)
-    base = LLAMA_SERVER_BASE_BYTES + TOKENIZER_BYTES_PER_TOKEN * spec.vocab_size
-    if not target.gpus:
-        ram = DeviceBytes(
-            name="RAM",
-            capacity_bytes=target.ram,
-            weights_bytes=sum(layer_weights) + embedding + outer,
-            kv_bytes=sum(layer_kv),
+def workspace_bytes(spec: ModelSpec, context: int, *, output: bool, copies: int = 1) -> int:
+    """Compute buffer of one device: an upper bound, from the shapes.
+
+    The attention mask in f16 over one slot (``copies`` of it when cards work as a pipeline), a sparse indexer's scores
+    and mask in f32, and the float32 activations of one micro-batch; on the device with the ``output`` matrix the
+    logits of a micro-batch as well.
+    """
+    cells = padded_context(context)
+    mask = cells * MICRO_BATCH_TOKENS * 2 * copies
+    if any(stream.kind == "index" for layer in spec.layers for stream in layer.kind.cache):
+        mask += 2 * cells * MICRO_BATCH_TOKENS * 4
+    logits = spec.vocab_size * MICRO_BATCH_TOKENS * 4 if output else 0
+    return mask + max(_scratch_elements(spec) * 4 * MICRO_BATCH_TOKENS, logits)
+
+
+class Layouts:
+    """Where the bytes of one model in one format go, for any expert count."""
+
+    def __init__(self, spec: ModelSpec, fmt: str, kv: str, target: Target, serve: ServeSection, imatrix: bool) -> None:
+        self.spec, self.fmt, self.kv, self.target, self.serve = spec, fmt, kv, target, serve
+        self.sizes = sizes(spec, fmt, imatrix)
+        per_kind: dict[int, tuple[int, int]] = {}
+        for layer in spec.layers:
+            kind = layer.kind
+            if id(kind) not in per_kind:
+                state = STATE_ELEMENT_BYTES * (kind.conv_elements + kind.recurrent_elements) * serve.concurrency
+                per_kind[id(kind)] = (kv_layer_bytes(kind, serve.context, serve.concurrency, kv), state)
+        self.kv_bytes = [per_kind[id(layer.kind)][0] for layer in spec.layers]
+        self.state_bytes = [per_kind[id(layer.kind)][1] for layer in spec.layers]
+        # an offloading server stages one layer's experts on the card while it reads a prompt
+        self.host_overhead = _MEMORY["server_base"] + _MEMORY["tokenizer_bytes_per_token"] * spec.vocab_size
+
+    @cached_property
+    def bits(self) -> float:
+        """Mean bits per weight of the routed experts."""
+        return self.sizes.expert_bits
+
+    def weights_bytes(self, kept: int) -> int:
+        """Tensor bytes with ``kept`` experts."""
+        return self.sizes.tensors_bytes(kept)
+
+    def file_bytes(self, kept: int) -> int:
+        """Bytes of the GGUF file (the tokenizer's part is an estimate)."""
+        return self.sizes.file_bytes(kept) + gguf.file_overhead_bytes(self.spec, self.fmt)
+
+    def _layers(self, kept: int) -> list[tuple[int, int]]:
+        """(all bytes, the routed experts' bytes) of every layer."""
+        now = self.sizes.at(kept)
+        return [
+            (fixed + unit * kept, routed * kept)
+            for fixed, unit, routed in zip(
+                now.fixed_bytes, now.per_expert_bytes, now.experts_per_expert_bytes, strict=True
+            )
+        ]
+
+    def place(self, kept: int) -> Placement:
+        """The placement that fits with the fewest layers' experts in RAM, else the one that lacks least."""
+        target = self.target
+        if not target.gpus:
+            return self._in_ram(kept)
+        layers = self._layers(kept)
+        tried = [self._on_cards(layers, kept, cards, 0) for cards in self._card_counts()]
+        for placement in tried:
+            if placement.fits:
+                return placement
+        if target.ram and not target.unified:
+            offloaded = self._offloaded(layers, kept)
+            if offloaded.fits:
+                return offloaded
+            in_ram = self._in_ram(kept)
+            if in_ram.fits:
+                return in_ram
+            tried.append(offloaded)
+        return max(tried, key=lambda placement: placement.fullest.free_bytes)
+
+    def fits(self, kept: int) -> bool:
+        """Whether some placement fits; cheaper than ``place`` on several cards."""
+        target = self.target
+        if not target.gpus or target.gpus == 1 or target.ram:
+            return self.place(kept).fits
+        layers = self._layers(kept)
+        for cards in self._card_counts():
+            costs, limit, last = self._costs(layers, kept, cards, 0)
+            if _fill(costs, cards, last, limit) is not None:
+                return True
+        return False
+
+    def _card_counts(self) -> tuple[int, ...]:
+        """As many cards as can hold a layer each (llama.cpp is built for 16); one alone needs no copies of the
+        pipeline's inputs, so it may fit where two do not."""
+        cards = min(self.target.gpus, self.spec.num_layers, _DATA["max_devices"])
+        return (cards, 1) if cards > 1 else (cards,)
+
+    def _workspaces(self, cards: int, staged: int) -> tuple[int, int]:
+        """Workspace of a card, and of the one with the output matrix."""
+        copies = 4 if cards > 1 and not staged else 1  # pipeline parallelism is off with tensor overrides
+        context = self.serve.context
+        plain = workspace_bytes(self.spec, context, output=False, copies=copies) + staged
+        return plain, workspace_bytes(self.spec, context, output=True, copies=copies) + staged
+
+    def _output_bytes(self) -> int:
+        """Weights outside the layers that lie on the last card; a tied output matrix is a second copy there."""
+        tied = self.sizes.embedding_bytes if self.spec.tied_embeddings or self.target.unified else 0
+        return self.sizes.output_bytes + tied
+
+    def _costs(
+        self, layers: list[tuple[int, int]], kept: int, cards: int, offloaded: int
+    ) -> tuple[list[int], int, int]:
+        """Bytes per layer on a card, the room of a card for layers, and what the last card holds besides."""
+        staged = max((routed for _, routed in layers[:offloaded]), default=0)
+        plain, output = self._workspaces(cards, staged)
+        overhead = _MEMORY["gpu_overhead"] + (self.host_overhead if self.target.unified else 0)
+        costs = [
+            total - (routed if index < offloaded else 0) + self.kv_bytes[index] + self.state_bytes[index]
+            for index, (total, routed) in enumerate(layers)
+        ]
+        return costs, self.target.vram - overhead - plain, self._output_bytes() + output - plain
+
+    def _on_cards(self, layers: list[tuple[int, int]], kept: int, cards: int, offloaded: int) -> Placement:
+        target = self.target
+        costs, _, last = self._costs(layers, kept, cards, offloaded)
+        counts = split_layers(costs, cards, last)
+        staged = max((routed for _, routed in layers[:offloaded]), default=0)
+        plain, output = self._workspaces(cards, staged)
+        overhead = _MEMORY["gpu_overhead"] + (self.host_overhead if target.unified else 0)
+        devices, start = [], 0
+        for index, device in enumerate(target.devices):
+            if index >= cards:
+                devices.append(DeviceBytes(name=device.name, capacity_bytes=target.vram))
+                continue
+            stage = range(start, start + counts[index])
+            start += counts[index]
+            is_last = index == cards - 1
+            weights = sum(layers[i][0] - (layers[i][1] if i < offloaded else 0) for i in stage)
+            devices.append(
+                DeviceBytes(
+                    name=device.name,
+                    capacity_bytes=target.vram,
+                    weights_bytes=weights + (self._output_bytes() if is_last else 0),
+                    kv_bytes=sum(self.kv_bytes[i] for i in stage),
+                    state_bytes=sum(self.state_bytes[i] for i in stage),
+                    workspace_bytes=output if is_last else plain,
+                    overhead_bytes=overhead,
+                )
+            )
+        if not target.unified:
+            devices.append(self._host(sum(routed for _, routed in layers[:offloaded])))
+        return Placement(
+            pipeline_parallel=cards,
+            layers_per_device=tuple(counts),
+            offloaded_layers=offloaded,
+            devices=tuple(devices),
+        )
+
+    def _host(self, experts: int) -> DeviceBytes:
+        """The RAM beside cards: token embeddings, and the experts that do not fit on the cards."""
+        weights = self.sizes.embedding_bytes + experts
+        workspace = BATCH_TOKENS * self.spec.hidden_size * 4
+        if experts:
+            workspace += _scratch_elements(self.spec) * 4 * MICRO_BATCH_TOKENS
+        overhead = self.host_overhead + _MEMORY["gpu_overhead"]
+        given = bool(self.target.ram)
+        return DeviceBytes(
+            name=HOST,
+            capacity_bytes=self.target.ram if given else weights + workspace + overhead,
+            weights_bytes=weights,
             workspace_bytes=workspace,
-            overhead_bytes=base,
+            overhead_bytes=overhead,
+            given=given,
         )
-        return Placement(layers_per_device=(spec.num_layers,), devices=(ram,))
 
-    last = outer + (embedding if spec.tied_embeddings else 0)  # tied: the output is a second copy, on the card
-    counts = split_layers([w + k for w, k in zip(layer_weights, layer_kv, strict=True)], target.gpus, last)
-    devices, start = [], 0
-    if target.gpus > 1:  # pipeline parallelism keeps four copies of the graph's inputs
-        workspace += 3 * padded_context(serve.context) * MICRO_BATCH_TOKENS * 2
-    for index, count in enumerate(counts):
-        layers = range(start, start + count)
-        start += count
-        devices.append(
-            DeviceBytes(
-                name=target.devices[index].name,
-                capacity_bytes=target.vram,
-                weights_bytes=sum(layer_weights[i] for i in layers) + (last if index == target.gpus - 1 else 0),
-                kv_bytes=sum(layer_kv[i] for i in layers),
-                workspace_bytes=workspace,
-                overhead_bytes=GPU_OVERHEAD_BYTES,
-            )
+    def _offloaded(self, layers: list[tuple[int, int]], kept: int) -> Placement:
+        """The fewest first layers whose experts must go to RAM so that the cards hold the rest."""
+        cards = self._card_counts()[0]
+
+        def holds(offloaded: int) -> bool:
+            costs, limit, last = self._costs(layers, kept, cards, offloaded)
+            return _fill(costs, cards, last, limit) is not None
+
+        low, high = 1, len(layers)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(middle) else (middle + 1, high)
+        return self._on_cards(layers, kept, cards, high)
+
+    def _in_ram(self, kept: int) -> Placement:
+        """Everything in RAM, the cards idle."""
+        layers, target = self._layers(kept), self.target
+        ram = DeviceBytes(
+            name=HOST if target.gpus else RAM,
+            capacity_bytes=target.ram,
+            weights_bytes=sum(total for total, _ in layers) + self.sizes.embedding_bytes + self.sizes.output_bytes,
+            kv_bytes=sum(self.kv_bytes),
+            state_bytes=sum(self.state_bytes),
+            workspace_bytes=workspace_bytes(self.spec, self.serve.context, output=True),
+            overhead_bytes=self.host_overhead,
         )
-    if target.ram:
-        devices.append(
-            DeviceBytes(
-                name="host RAM",
-                capacity_bytes=target.ram,
-                weights_bytes=embedding,
-                kv_bytes=0,
-                workspace_bytes=BATCH_TOKENS * spec.hidden_size * 4,
-                overhead_bytes=base + GPU_OVERHEAD_BYTES,
-            )
+        idle = [DeviceBytes(name=d.name, capacity_bytes=target.vram) for d in target.devices] if target.gpus else []
+        return Placement(layers_per_device=(len(layers),), offloaded_layers=0, devices=(*idle, ram))
+
+    def decode_ceiling(self, kept: int, placement: Placement) -> float | None:
+        """Tokens per second of one sequence if every byte it reads came at full bandwidth; None where a bandwidth is
+        not known. Cards work one after another (``-sm layer``), so their times add up."""
+        target, top_k = self.target, self.spec.top_k
+        on_cards = (
+            bool(target.gpus)
+            and placement.layers_per_device != ()
+            and any(d.name != HOST and d.weights_bytes for d in placement.devices)
         )
-    return Placement(pipeline_parallel=target.gpus, layers_per_device=tuple(counts), devices=tuple(devices))
+        card, ram = target.bandwidth, target.host_bandwidth
+        seconds = 0.0
+        reads_ram = reads_card = 0
+        for index, (total, routed) in enumerate(self._layers(kept)):
+            chosen = routed * top_k // kept
+            rest = total - routed + self.kv_bytes[index] // self.serve.concurrency
+            rest += self.state_bytes[index] // self.serve.concurrency
+            if not on_cards:
+                reads_ram += rest + chosen
+            elif index < placement.offloaded_layers:
+                reads_card, reads_ram = reads_card + rest, reads_ram + chosen
+            else:
+                reads_card += rest + chosen
+        output = self.sizes.output_bytes + (self.sizes.embedding_bytes if self.spec.tied_embeddings else 0)
+        reads_card, reads_ram = (reads_card + output, reads_ram) if on_cards else (reads_card, reads_ram + output)
+        for amount, bandwidth in ((reads_card, card), (reads_ram, ram)):
+            if amount and not bandwidth:
+                return None
+            seconds += amount / bandwidth if bandwidth else 0.0
+        return 1 / seconds
+
+
+def _fill(costs: list[int], parts: int, last_extra: int, limit: int) -> list[int] | None:
+    """Consecutive layers per card, at least one each, with no card above ``limit``; None when there is no such split.
+    Filled from the last card, which holds ``last_extra`` besides."""
+    counts, index = [], len(costs)
+    for part in reversed(range(parts)):
+        room, count = limit - (last_extra if part == parts - 1 else 0), 0
+        while index > part and costs[index - 1] <= room:
+            index -= 1
+            room -= costs[index]
+            count += 1
+        if not count:
+            return None
+        counts.append(count)
+    return counts[::-1] if index == 0 else None
 
 
 def split_layers(costs: list[int], parts: int, last_extra: int) -> list[int]:
@@ -148,28 +352,14 @@ def split_layers(costs: list[int], parts: int, last_extra: int) -> list[int]:
 
     ``last_extra`` bytes (output matrix) weigh on the last card. Bisection over the answer; exact.
     """
-
-    def fill(limit: int) -> list[int] | None:
-        counts, index = [], len(costs)
-        for part in reversed(range(parts)):
-            room, count = limit - (last_extra if part == parts - 1 else 0), 0
-            while index > part and costs[index - 1] <= room:
-                index -= 1
-                room -= costs[index]
-                count += 1
-            if not count:
-                return None
-            counts.append(count)
-        return counts[::-1] if index == 0 else None
-
-    low, high = 0, sum(costs) + last_extra
+    low, high = 0, sum(costs) + max(last_extra, 0)
     while low < high:
         middle = (low + high) // 2
-        if fill(middle):
+        if _fill(costs, parts, last_extra, middle):
             high = middle
         else:
             low = middle + 1
-    counts = fill(high)
+    counts = _fill(costs, parts, last_extra, high)
     if counts is None:
         raise ValueError(f"{len(costs)} layers cannot be split over {parts} devices")
     return counts
@@ -187,18 +377,24 @@ def serve_script(
 ) -> str:
     """The text of serve.sh. The hints are what the build used: llama-server, or Python with llama-cpp-python."""
     chosen = plan.chosen
-    counts = list(chosen.placement.layers_per_device)
-    gpus = len([d for d in chosen.placement.devices if d.name not in ("RAM", "host RAM")])
+    place = chosen.placement
+    counts = list(place.layers_per_device)
+    cards = [device for device in place.devices if device.name not in (RAM, HOST)]
+    used = [device for device in cards if device.used_bytes]
+    gpus = len(used)
+    needed = used or [device for device in place.devices if device.name in (RAM, HOST)]
     values: dict[str, Any] = {
         "context": padded_context(chosen.context) * chosen.concurrency,
         "slots": chosen.concurrency,
         "kv": chosen.kv_dtype,
-        "kv_number": GGML_TYPE_NUMBERS[chosen.kv_dtype],
+        "kv_number": KV_TYPES[chosen.kv_dtype]["ggml"],
         "gpus": gpus,
-        "needs": [-(-d.used_bytes // MIB) for d in chosen.placement.devices[: gpus or 1]],
+        "idle_cards": bool(cards) and not gpus,
+        "needs": [-(-device.used_bytes // MIB) for device in needed],
         "gpu_layers": sum(counts) + 1 if gpus else 0,
         # llama.cpp counts the output as one more layer, on the last card
         "tensor_split": ",".join(map(str, [*counts[:-1], counts[-1] + 1])) if gpus > 1 else "",
+        "cpu_moe": place.offloaded_layers,
         "batch": BATCH_TOKENS,
         "micro_batch": MICRO_BATCH_TOKENS,
         "server_hint": server_hint or "",

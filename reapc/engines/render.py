@@ -6,8 +6,6 @@ import re
 import shlex
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from reapc.plan import Plan
 from reapc.recipe import Recipe
 
@@ -25,6 +23,8 @@ def server_name(plan: Plan) -> str:
 def render(template: str, plan: Plan, model: str, recipe: Recipe, values: dict[str, Any]) -> str:
     """The script that serves ``model`` (a path from the script's folder); ``values`` are the engine's own. A value
     that the template misses is an error."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # only a build writes scripts
+
     common = {
         "plan": plan,
         "name": server_name(plan),

@@ -1,81 +1,45 @@
-"""GGUF: the types, and which type llama-quantize gives to every tensor of a Qwen3-MoE model.
+"""GGUF: every tensor of the file that llama-quantize writes, with its exact type and bytes.
 
-Rules: llama.cpp 0c1e57098, src/llama-quant.cpp (facts/llamacpp-quantize-rules.md). Bytes are exact: tests compare every
-tensor with the real tool. Shapes are (..., out, in), as numpy reads them; the row is the last axis.
+Names and shapes come from the spec's ``GgufPart``s, types from ``gguf_rules``. Shapes are (..., out, in), as numpy
+reads them: the row is the last axis, the experts' axis the first. ``gguf_sizes`` gives the same bytes fast.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import takewhile
+import re
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from math import prod
 from typing import NamedTuple
 
-from reapc.arch import ModelSpec
-from reapc.errors import ReapcError
-from reapc.schema import nearest
-
-ALIGNMENT_BYTES = 32
-
-
-@dataclass(frozen=True)
-class GgufType:
-    """A storage type: ``block`` elements take ``block_bytes``; ``fallback`` is for rows that blocks do not divide."""
-
-    block: int
-    block_bytes: int
-    needs_imatrix: bool = False
-    fallback: str | None = None
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.block_bytes / self.block
-
-
-TYPES: dict[str, GgufType] = {
-    "F32": GgufType(1, 4),
-    "BF16": GgufType(1, 2),
-    "F16": GgufType(1, 2),
-    "Q8_0": GgufType(32, 34, fallback="F16"),
-    "Q6_K": GgufType(256, 210, fallback="Q8_0"),
-    "Q5_K": GgufType(256, 176, fallback="Q5_1"),
-    "Q5_1": GgufType(32, 24, fallback="F16"),
-    "Q5_0": GgufType(32, 22, fallback="F16"),
-    "Q4_K": GgufType(256, 144, fallback="Q5_0"),
-    "Q4_1": GgufType(32, 20, fallback="F16"),
-    "Q4_0": GgufType(32, 18, fallback="F16"),
-    "IQ4_NL": GgufType(32, 18, fallback="F16"),
-    "IQ4_XS": GgufType(256, 136, fallback="IQ4_NL"),
-    "Q3_K": GgufType(256, 110, fallback="Q4_0"),
-    "IQ3_S": GgufType(256, 110, fallback="IQ4_NL"),
-    "IQ3_XXS": GgufType(256, 98, True, "IQ4_NL"),
-    "Q2_K": GgufType(256, 84, fallback="Q4_0"),
-    "IQ2_S": GgufType(256, 82, True, "IQ4_NL"),
-    "IQ2_XS": GgufType(256, 74, True, "IQ4_NL"),
-    "IQ2_XXS": GgufType(256, 66, True, "IQ4_NL"),
-    "IQ1_M": GgufType(256, 56, True, "IQ4_NL"),
-    "IQ1_S": GgufType(256, 50, True, "IQ4_NL"),
-}
-
-# What a file of each name stores by default; the rules below raise or lower single tensors.
-DEFAULT_TYPES = {
-    "BF16": "BF16", "F16": "F16", "Q8_0": "Q8_0", "Q6_K": "Q6_K", "Q5_K_M": "Q5_K", "Q5_K_S": "Q5_K",
-    "Q4_K_M": "Q4_K", "Q4_K_S": "Q4_K", "IQ4_XS": "IQ4_XS", "IQ4_NL": "IQ4_NL", "Q4_0": "Q4_0",
-    "Q3_K_L": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_S": "Q3_K", "IQ3_M": "IQ3_S", "IQ3_S": "IQ3_S", "IQ3_XS": "IQ3_S",
-    "IQ3_XXS": "IQ3_XXS", "Q2_K": "Q2_K", "Q2_K_S": "Q2_K", "IQ2_M": "IQ2_S", "IQ2_S": "IQ2_XS",
-    "IQ2_XS": "IQ2_XS", "IQ2_XXS": "IQ2_XXS", "IQ1_M": "IQ1_M", "IQ1_S": "IQ1_S",
-}  # fmt: skip
-NEEDS_IMATRIX = frozenset({"IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
-
-_LOW_BIT = frozenset({"IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ1_S", "IQ1_M"})
-_LOW_BIT_OUTPUT = _LOW_BIT | {"IQ3_XXS"}
-_EIGHT_EXPERTS_ATTN_OUTPUT_Q5 = frozenset(
-    {"Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S", "IQ3_M", "IQ4_XS"}
+from reapc.arch.spec import GgufPart, LayerKind, ModelSpec
+from reapc.errors import CannotBeDone
+from reapc.formats.gguf_rules import Category, Rules, category, converted_type, quantizes
+from reapc.formats.gguf_types import (
+    ALIASES,
+    ALIGNMENT_BYTES,
+    DEFAULT_TYPES,
+    NEEDS_IMATRIX,
+    TYPES,
+    UNQUANTIZED,
+    GgufType,
+    check_format,
+    fallback,
+    padded,
+    tensor_bytes,
 )
-_EMBEDDING = {
-    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ1_M"), "Q2_K"),
-    **dict.fromkeys(("IQ2_S", "IQ2_M", "IQ3_XXS"), "IQ3_S"),
-}
+
+__all__ = [
+    "ALIASES", "ALIGNMENT_BYTES", "DEFAULT_TYPES", "NEEDS_IMATRIX", "TYPES", "UNQUANTIZED", "GgufTensor", "GgufType",
+    "architecture", "block_parts", "blocks", "check_format", "expert_bits", "file_overhead_bytes",
+    "heads_per_kv_head", "is_routed", "native_expert_type", "outer_parts", "part_layer", "tensor_bytes",
+    "tensor_types", "weights_bytes",
+]  # fmt: skip
+
+_ROUTED = re.compile(r"\.ffn_(up|down|gate|gate_up)_(ch|)exps")
+_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
+# Their converters write a KV head count of 0 for layers without attention, and their first layer has none.
+_NO_KV_HEADS_FIRST = frozenset({"nemotron_h", "nemotron_h_moe", "kimi-linear", "kimi-k3", "granitehybrid"})
 
 
 class GgufTensor(NamedTuple):
@@ -91,232 +55,161 @@ class GgufTensor(NamedTuple):
         return tensor_bytes(self.type, self.shape)
 
 
-def check_format(ftype: str) -> str:
-    """The canonical spelling of ``ftype``; ReapcError names the nearest known one."""
-    name = ftype.upper()
-    if name not in DEFAULT_TYPES:
-        raise ReapcError(
-            f"unknown GGUF format {ftype!r}", hint=f"{nearest(name, DEFAULT_TYPES)}known: {', '.join(DEFAULT_TYPES)}"
-        )
-    return name
+def is_routed(name: str) -> bool:
+    """Whether llama-server moves the tensor with the routed experts (its pattern for ``--n-cpu-moe``)."""
+    return _ROUTED.search(name) is not None
 
 
-def tensor_bytes(type_name: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor's data; its rows must be whole blocks."""
-    kind = TYPES[type_name]
-    if shape[-1] % kind.block:
-        raise ReapcError(f"a row of {shape[-1]} elements is not a multiple of {type_name}'s block of {kind.block}")
-    return prod(shape) // kind.block * kind.block_bytes
+def part_layer(name: str) -> tuple[int, str]:
+    """The layer of a complete name (-1 outside) and what follows ``blk.N.``."""
+    match = _LAYER.match(name)
+    return (int(match.group(1)), match.group(2)) if match else (-1, name)
 
 
-def _use_more_bits(index: int, count: int) -> bool:
-    return index < count // 8 or index >= 7 * count // 8 or (index - count // 8) % 3 == 2
+def outer_parts(spec: ModelSpec, mtp: bool = False) -> Iterator[GgufPart]:
+    """The parts with complete names: embeddings, head, and what the converter adds."""
+    for group in (*spec.outer, *(spec.mtp_outer if mtp else ())):
+        yield from group.gguf
+    yield from spec.gguf_extra
 
 
-def _fallback(type_name: str, columns: int) -> str:
-    """The type that llama-quantize takes for rows of ``columns`` elements where ``type_name`` was meant."""
-    if columns % TYPES[type_name].block == 0:
-        return type_name
-    other = TYPES[type_name].fallback or "F16"
-    return other if columns % TYPES[other].block == 0 else "F16"
+def blocks(spec: ModelSpec, mtp: bool = False) -> list[tuple[LayerKind, ...]]:
+    """What becomes ``blk.N``, in order: a layer each; MTP layers of one index are folded into one block.
 
-
-@dataclass(frozen=True)
-class _Rules:
-    """llama-quantize's choice for one file: the model's numbers and the file's name."""
-
-    ftype: str
-    has_imatrix: bool
-    layers: int
-    experts: int
-    gqa: int
-
-    @property
-    def default(self) -> str:
-        return DEFAULT_TYPES[self.ftype]
-
-    def output(self, columns: int) -> str:
-        if columns % TYPES[self.default].block:
-            return "Q8_0"
-        if self.ftype in _LOW_BIT_OUTPUT:
-            return "Q5_K"
-        return "Q8_0" if self.default == "Q8_0" else "Q6_K"
-
-    def attn_v(self, i: int) -> str:
-        if self.ftype in _LOW_BIT:
-            if self.gqa >= 4 or self.experts >= 4:
-                return "Q4_K"
-            return "IQ3_S" if self.ftype in ("IQ2_S", "IQ2_M") else "Q2_K"
-        if self.experts == 8:
-            return "Q8_0"
-        match self.ftype:
-            case "Q2_K":
-                return "Q4_K" if self.gqa >= 4 else "Q3_K"
-            case "IQ3_XXS" if self.gqa < 4:
-                return "IQ3_XXS" if self.has_imatrix else "IQ3_S"
-            case "Q2_K_S" | "IQ3_XXS" | "IQ3_XS" | "IQ3_S" if self.gqa >= 4:
-                return "Q4_K"
-            case "IQ3_M":
-                return "Q4_K"
-            case "Q3_K_M":
-                return "Q5_K" if i < 2 else "Q4_K"
-            case "Q3_K_L":
-                return "Q5_K"
-            case "IQ4_NL" | "IQ4_XS" if self.gqa >= 4:
-                return "Q5_K"
-            case "Q4_K_M" | "Q5_K_M" if _use_more_bits(i, self.layers):
-                return "Q6_K"
-            case "Q4_K_S" if i < 4:
-                return "Q5_K"
-        return self.default
-
-    def attn_k(self) -> str:
-        if self.experts == 8:
-            return "Q4_K" if self.ftype in _LOW_BIT else "Q8_0"
-        return {"IQ3_XS": "IQ3_XXS", "IQ3_XXS": "IQ2_S"}.get(self.ftype, self.default)
-
-    def attn_q(self) -> str:
-        return {"IQ3_XS": "IQ3_XXS", "IQ3_XXS": "IQ2_S"}.get(self.ftype, self.default)
-
-    def attn_output(self) -> str:
-        if self.experts == 8:
-            raised = self.ftype in _LOW_BIT or self.ftype in _EIGHT_EXPERTS_ATTN_OUTPUT_Q5
-            return "Q5_K" if raised else self.default
-        bumps = {
-            "IQ1_S": "IQ2_XXS", "IQ1_M": "IQ2_XXS", "IQ2_S": "IQ3_S", "IQ2_M": "IQ3_S", "Q2_K": "Q3_K",
-            "IQ3_XXS": "IQ3_S", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ3_M": "Q4_K",
-        }  # fmt: skip
-        return bumps.get(self.ftype, self.default)
-
-    def ffn_down(self, i: int, count: int) -> str:
-        """``i`` is the layer; ``count`` the running number of ffn_down tensors (the IQ1/IQ2 rule uses that)."""
-        first_eighth = i < self.layers // 8
-        match self.ftype:
-            case ftype if ftype in _LOW_BIT:
-                if count < self.layers // 8:
-                    return "IQ3_S" if ftype in ("IQ2_S", "IQ2_M") else "Q2_K"
-            case "Q2_K":
-                return "Q3_K"
-            case "Q2_K_S" if first_eighth:
-                return "Q4_K"
-            case "IQ3_XXS" if not self.has_imatrix:
-                return "Q4_K" if first_eighth else "Q3_K"
-            case "Q3_K_M":
-                return "Q5_K" if i < self.layers // 16 else "Q4_K"
-            case "IQ3_M" if first_eighth or (self.experts == 8 and _use_more_bits(i, self.layers)):
-                return "Q4_K"
-            case "Q3_K_L":
-                return "Q5_K"
-            case "Q4_K_M" | "Q5_K_M" if _use_more_bits(i, self.layers):
-                return "Q6_K"
-            case "IQ4_NL" | "IQ4_XS" if first_eighth and not self.has_imatrix:
-                return "Q5_K"
-            case "Q4_K_S" if first_eighth:
-                return "Q5_K"
-            case "Q4_0" if first_eighth and self.has_imatrix:
-                return "Q4_1"
-        return self.default
-
-    def ffn_gate_up(self, i: int) -> str:
-        if self.ftype == "IQ3_XS" and self.layers // 8 <= i < 7 * self.layers // 8:
-            return "IQ3_XXS"
-        return self.default
-
-
-def _rule(rules: _Rules, name: str, columns: int, layer: int, downs: int, order: int, tied: bool) -> str:
-    """The type that the rules give to the matrix ``name``; ``order`` counts attn_v tensors before it."""
-    if name == "output.weight" or (tied and name == "token_embd.weight"):
-        return rules.output(columns)
-    if name == "token_embd.weight":
-        return _EMBEDDING.get(rules.ftype, rules.default)
-    part = name.split(".")[2]
-    match part:
-        case "attn_v":
-            return rules.attn_v(order)
-        case "attn_k":
-            return rules.attn_k()
-        case "attn_q":
-            return rules.attn_q()
-        case "attn_output":
-            return rules.attn_output()
-        case "ffn_down" | "ffn_down_exps":
-            return rules.ffn_down(layer, downs)
-    return rules.ffn_gate_up(layer)
-
-
-def _matrices(spec: ModelSpec) -> list[tuple[str, tuple[int, ...], int]]:
-    """Name, shape and layer (-1 outside) of every tensor of two or more axes, and of the norms."""
-    hidden, width, experts = spec.hidden_size, spec.expert_intermediate_size, spec.num_experts
-    q, kv, dense = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.dense_intermediate_size
-    found: list[tuple[str, tuple[int, ...], int]] = [
-        ("token_embd.weight", (spec.vocab_size, hidden), -1),
-        ("output_norm.weight", (hidden,), -1),
-    ]
-    if not spec.tied_embeddings:
-        found.append(("output.weight", (spec.vocab_size, hidden), -1))
-    for layer in spec.layers:
-        shapes: dict[str, tuple[int, ...]] = {
-            "attn_norm": (hidden,), "attn_q": (q, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden),
-            "attn_output": (hidden, q), "attn_q_norm": (spec.head_dim,), "attn_k_norm": (spec.head_dim,),
-            "ffn_norm": (hidden,),
-        }  # fmt: skip
-        if layer.is_moe:
-            shapes["ffn_gate_inp"] = (experts, hidden)
-            shapes["ffn_gate_exps"] = shapes["ffn_up_exps"] = (experts, width, hidden)
-            shapes["ffn_down_exps"] = (experts, hidden, width)
-        else:
-            shapes["ffn_gate"] = shapes["ffn_up"] = (dense, hidden)
-            shapes["ffn_down"] = (hidden, dense)
-        found += [(f"blk.{layer.index}.{part}.weight", shape, layer.index) for part, shape in shapes.items()]
-        biases = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-        for tensor in takewhile(lambda t: t.expert is None, layer.tensors):  # thousands of experts have no bias
-            if tensor.name.endswith(".bias") and (part := biases.get(tensor.module.rsplit(".", 1)[-1])):
-                found.append((f"blk.{layer.index}.{part}.bias", tensor.shape, layer.index))
+    MTP layers count only when kept, and where the converter writes them.
+    """
+    found: list[tuple[LayerKind, ...]] = [(layer.kind,) for layer in spec.layers]
+    if mtp:
+        for _, group in groupby(spec.mtp_layers, key=lambda layer: layer.index):
+            kinds = tuple(layer.kind for layer in group)
+            if any(True for _ in block_parts(kinds)):
+                found.append(kinds)
     return found
 
 
-def tensor_types(spec: ModelSpec, ftype: str, has_imatrix: bool) -> list[GgufTensor]:
-    """Every tensor of the GGUF that llama-quantize writes for ``ftype``, with its exact type."""
-    rules = _Rules(ftype, has_imatrix, spec.num_layers, spec.num_experts, spec.num_heads // spec.num_kv_heads)
-    # llama-quantize walks the tensors in the order of a map keyed by layer, then name: attn_v is layer by layer.
-    downs = values = 0
+def block_parts(kinds: tuple[LayerKind, ...]) -> Iterator[GgufPart]:
+    """The tensors of one block, their names following ``blk.N.``."""
+    for kind in kinds:
+        for group in kind.tensors:
+            yield from group.gguf
+
+
+def _shape(part: GgufPart, experts: int) -> tuple[int, ...]:
+    return part.with_axes(experts)
+
+
+def _parts(spec: ModelSpec, mtp: bool) -> list[tuple[int, str, tuple[int, ...]]]:
+    """Layer (-1 outside), name and shape of every tensor, in llama-quantize's order: by layer, then by name."""
+    architecture(spec)
+    found = [(part_layer(part.name)[0], part.name, _shape(part, spec.num_experts)) for part in outer_parts(spec, mtp)]
+    for index, kinds in enumerate(blocks(spec, mtp)):
+        found += [(index, f"blk.{index}.{part.name}", _shape(part, spec.num_experts)) for part in block_parts(kinds)]
+    return sorted(found)
+
+
+def architecture(spec: ModelSpec) -> str:
+    """llama.cpp's name of the model's architecture; CannotBeDone where it has none."""
+    if spec.gguf_arch is None:
+        raise CannotBeDone(f"llama.cpp has no architecture for {spec.model_type}")
+    return spec.gguf_arch
+
+
+def heads_per_kv_head(spec: ModelSpec) -> int:
+    """What llama.cpp's n_gqa() gives: heads over KV heads of the FIRST layer, 0 where that has no KV heads.
+
+    Read off the matrices of the first layer where they show it: heads differ by layer in some models.
+    """
+    if spec.gguf_arch in _NO_KV_HEADS_FIRST:
+        return 0
+    if spec.latent_attention:
+        return spec.num_heads  # converted to one KV head
+    shapes = {part.name: part.shape for part in block_parts((spec.layers[0].kind,))}
+    output, values = shapes.get("attn_output.weight"), shapes.get("attn_v.weight")
+    if output and values:
+        return output[-1] // values[0]
+    return spec.num_heads // spec.num_kv_heads
+
+
+def native_expert_type(spec: ModelSpec) -> str | None:
+    """The type in which the converter repacks the routed experts of the published checkpoint whatever ``--outtype``
+    says, or None. llama-quantize refuses to change it (it would need ``--allow-requantize``), so that such a model
+    can only become a file type that leaves it: ``MXFP4_MOE``, or the converter's own F32, BF16 and F16.
+    """
+    stored = spec.quantization or {}
+    packed = (
+        spec.gguf_arch == "deepseek4"
+        or (spec.gguf_arch == "gpt-oss" and stored.get("quant_method") == "mxfp4")
+        or (spec.gguf_arch == "kimi-k3" and stored.get("format") == "mxfp4-pack-quantized")
+    )
+    return "MXFP4" if packed else None
+
+
+def tensor_types(spec: ModelSpec, ftype: str, has_imatrix: bool, mtp: bool = False) -> list[GgufTensor]:
+    """Every tensor of the GGUF that llama-quantize writes for ``ftype``, with its exact type, in its order.
+
+    F32, BF16 and F16 are what the converter writes (see ``native_expert_type``). CannotBeDone where llama.cpp does not
+    know the model or has no type for a row.
+    """
+    arch, parts = architecture(spec), _parts(spec, mtp)
+    names = [name for _, name, _ in parts]
+    rules = Rules(
+        ftype, has_imatrix, arch, len(blocks(spec, mtp)), sum(category(name) == "attn_v" for name in names),
+        spec.num_experts, heads_per_kv_head(spec), "output.weight" not in names,
+    )  # fmt: skip
+    native = native_expert_type(spec) if ftype in UNQUANTIZED else None
+    seen: dict[Category, int] = {}
     result = []
-    for name, shape, layer in _matrices(spec):
-        if len(shape) < 2 or name.endswith("ffn_gate_inp.weight"):
-            result.append(GgufTensor(name, shape, "F32"))
+    for layer, name, shape in parts:
+        if ftype in UNQUANTIZED or not quantizes(arch, name, shape):
+            plain = (native if is_routed(name) else None) or (ftype if ftype in UNQUANTIZED else "BF16")
+            kept = converted_type(arch, name, shape, plain, layer >= spec.num_layers)
+            result.append(GgufTensor(name, shape, kept))
             continue
-        if ftype in ("BF16", "F16"):
-            result.append(GgufTensor(name, shape, ftype))
-            continue
-        kind = _rule(rules, name, shape[-1], layer, downs, values, spec.tied_embeddings)
-        downs += ".ffn_down" in name
-        values += ".attn_v." in name
-        result.append(GgufTensor(name, shape, _fallback(kind, shape[-1])))
+        kind = category(name)
+        number = seen.get(kind, 0)
+        seen[kind] = number + 1
+        counted = kind == "attn_v" or (kind == "ffn_down" and rules.counts_downs) or rules.experts <= 1
+        stacked = len(shape) > 2 and shape[-3] > 1
+        chosen = rules.choose(kind, name, shape[-1], number if counted else layer, stacked)
+        result.append(GgufTensor(name, shape, fallback(chosen, shape[-1])))
     return result
 
 
-def _padded(count: int) -> int:
-    return -(-count // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-def weights_bytes(spec: ModelSpec, ftype: str, has_imatrix: bool) -> int:
+def weights_bytes(spec: ModelSpec, ftype: str, has_imatrix: bool, mtp: bool = False) -> int:
     """Bytes of the tensor data in the file, exact: every tensor is padded to 32 bytes."""
-    return sum(_padded(tensor.data_bytes) for tensor in tensor_types(spec, ftype, has_imatrix))
+    return sum(padded(tensor.data_bytes) for tensor in tensor_types(spec, ftype, has_imatrix, mtp))
 
 
-def expert_bits(tensors: list[GgufTensor]) -> float:
-    """Mean bits per weight of the experts' matrices."""
-    experts = [tensor for tensor in tensors if "_exps." in tensor.name]
+def expert_bits(tensors: Iterable[GgufTensor]) -> float:
+    """Mean bits per weight of the routed experts' matrices."""
+    experts = [tensor for tensor in tensors if is_routed(tensor.name) and tensor.name.endswith(".weight")]
     return 8 * sum(t.data_bytes for t in experts) / sum(prod(t.shape) for t in experts)
 
 
-def file_overhead_bytes(spec: ModelSpec, ftype: str = "BF16", tokenizer_bytes: int | None = None) -> int:
+_tables: dict[tuple[int, ...], tuple[object, int]] = {}
+
+
+def _table_bytes(spec: ModelSpec, mtp: bool) -> int:
+    """The tensor table: per tensor its name, axes, sizes, type and offset. Not its order, nor the expert count."""
+    kept = (spec.layers, spec.outer, spec.gguf_extra, spec.mtp_layers, spec.mtp_outer)
+    key = (*map(id, kept), mtp)
+    if key not in _tables:
+        if len(_tables) >= 1024:
+            _tables.clear()
+        table = sum(24 + len(name) + 8 * len(shape) for _, name, shape in _parts(spec, mtp))
+        _tables[key] = (kept, table)
+    return _tables[key][1]
+
+
+def file_overhead_bytes(
+    spec: ModelSpec, ftype: str = "BF16", tokenizer_bytes: int | None = None, mtp: bool = False
+) -> int:
     """Bytes of a GGUF before its tensor data: tensor table (exact but for the order), metadata and tokenizer.
 
-    ``tokenizer_bytes``: what the token and merge strings take in the file. Without it the tokenizer is an ESTIMATE
-    from the vocabulary: 8 + 6.5 bytes and a 4-byte type per token, 8 + 8.5 bytes per merge, one merge per token
-    (not checked against a real Qwen3 file). The other metadata is taken as 4 KiB plus a chat template of 6 KiB.
+    ``ftype`` does not matter. ``tokenizer_bytes``: what the token and merge strings take in the file. Without it the
+    tokenizer is an ESTIMATE from the vocabulary: 8 + 6.5 bytes and a 4-byte type per token, 8 + 8.5 bytes per merge,
+    one merge per token (not checked against a real Qwen3 file). The other metadata is taken as 4 KiB plus a chat
+    template of 6 KiB.
     """
-    table = sum(8 + len(t.name) + 4 + 8 * len(t.shape) + 4 + 8 for t in tensor_types(spec, ftype, True))
     tokenizer = tokenizer_bytes if tokenizer_bytes is not None else round(35 * spec.vocab_size)
-    return _padded(24 + table + tokenizer + 10 * 1024)
+    return padded(24 + _table_bytes(spec, mtp) + tokenizer + 10 * 1024)

@@ -88,7 +88,7 @@ class StreamedModel:
 
     def _experts_of(self, index: int) -> dict[int, ExpertWeights]:
         names: dict[int, dict[str, str]] = {}
-        for tensor in self.spec.layers[index].tensors:
+        for tensor in self.spec.layer_tensors(index):
             if tensor.expert is not None:
                 names.setdefault(tensor.expert, {})[tensor.name.split(".")[-2]] = tensor.name
         load = self.checkpoint.checked_tensor

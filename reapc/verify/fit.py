@@ -76,7 +76,7 @@ def check_fit(result: Path, plan: Plan) -> list[FitRow]:
     rows.append(
         FitRow("KV cache", chosen.kv_bytes, allocation[1] if allocation else None, "llama-fit-params, to the MiB")
     )
-    spare = min(device.free_bytes for device in plan.chosen.placement.devices)
+    spare = plan.chosen.placement.fullest.free_bytes
     excess = real_weights - chosen.weights_bytes
     if excess > max(spare, 0):
         raise ReapcError(

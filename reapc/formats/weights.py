@@ -1,0 +1,250 @@
+"""Weight formats of safetensors checkpoints: exact bytes, whole or on one rank of a parallel layout.
+
+A format covers every linear layer of the decoder, attention and shared experts included; embeddings, head, router,
+norms and vision stay as they are. The suffix ``:experts`` limits it to the routed experts. Layouts as vLLM 0.33 reads
+and the quantizers write them (facts/vllm-legality.md, facts/quantizers.md).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from math import ceil, prod
+from typing import Literal
+
+from reapc.arch.spec import DTYPE_BYTES, ModelSpec, TensorGroup
+from reapc.errors import ReapcError
+from reapc.schema import nearest
+
+Method = Literal["plain", "fp8-block", "fp8", "int8", "gptq", "auto-round", "ct", "nvfp4", "mxfp4"]
+GROUPS = (32, 64, 128)
+EXPERTS_ONLY = ":experts"
+FP8_BLOCK = 128
+_GROUPED = re.compile(r"^(gptq|auto-round|ct)-w(\d+)g(\d+)$")
+_BITS = {"gptq": (4, 8), "auto-round": tuple(range(2, 9)), "ct": tuple(range(2, 9))}
+_PLAIN: dict[str, tuple[Method, int, int]] = {  # name: method, bits, group size (0: none)
+    "bf16": ("plain", 16, 0),
+    "fp16": ("plain", 16, 0),
+    "fp8-block": ("fp8-block", 8, FP8_BLOCK),
+    "fp8": ("fp8", 8, 0),
+    "int8": ("int8", 8, 0),
+    "nvfp4": ("nvfp4", 4, 16),
+    "mxfp4": ("mxfp4", 4, 32),
+}
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """One format. ``group_size`` weights of a row share a scale; 0 where that is not how it scales."""
+
+    name: str
+    method: Method
+    bits: int
+    group_size: int
+    experts_only: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        return self.method != "plain"
+
+    def covers(self, group: TensorGroup) -> bool:
+        """Whether it stores the linears of this tensor."""
+        return self.quantized and bool(group.linears) and (group.role == "expert" or not self.experts_only)
+
+    @cached_property
+    def bits_per_weight(self) -> float:
+        """Bits per weight of a large linear, scales and zero points counted."""
+        rows = columns = 8192
+        return 8 * self.linear_bytes(rows, columns) / (rows * columns)
+
+    def linear_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of one (rows, columns) linear with its scales, as stored; ReapcError when it does not divide."""
+        if reason := self.misfit(rows, columns):
+            raise ReapcError(f"{self.name}: {reason}")
+        return _linear_bytes(self.method, self.bits, self.group_size, rows, columns)
+
+    def shard_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of one rank's (rows, columns) part of a linear: a group that the cut divides counts on both sides."""
+        return _linear_bytes(self.method, self.bits, self.group_size, rows, columns)
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        """Why this linear cannot be stored, or None."""
+        grouped = self.group_size if self.method in ("gptq", "auto-round", "ct", "nvfp4", "mxfp4") else 0
+        if grouped and columns % grouped:
+            return f"rows of {columns} weights do not divide into groups of {grouped}"
+        if self.method in ("gptq", "auto-round") and (columns * self.bits % 32 or rows * self.bits % 32):
+            return f"a {rows} x {columns} linear does not pack into int32 at {self.bits} bits"
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _linear_bytes(method: Method, bits: int, group: int, rows: int, columns: int) -> int:
+    match method:
+        case "plain":
+            return 2 * rows * columns
+        case "fp8-block":
+            return fp8_linear_bytes(rows, columns, group)
+        case "fp8" | "int8":  # one scale per output channel: fp8 in float32, int8 in 16 bit (compressed-tensors)
+            return rows * columns + rows * (4 if method == "fp8" else 2)
+        case "gptq" | "auto-round":
+            return gptq_linear_bytes(rows, columns, bits, group, g_idx=method == "gptq")
+        case "ct":
+            return compressed_tensors_linear_bytes(rows, columns, bits, group)
+        case "nvfp4":  # packed pairs, an fp8 scale per 16, a float32 scale for the weight and one for the input
+            return rows * columns // 2 + rows * _groups(columns, group) + 8
+        case "mxfp4":  # packed pairs, an e8m0 scale per 32
+            return rows * columns // 2 + rows * _groups(columns, group)
+
+
+def _groups(columns: int, group_size: int) -> int:
+    return -(-columns // group_size)
+
+
+def gptq_linear_bytes(rows: int, columns: int, bits: int, group_size: int, *, g_idx: bool) -> int:
+    """qweight int32 (in*bits/32, out), scales fp16 (groups, out), qzeros int32 (groups, out*bits/32), g_idx (in)."""
+    groups = _groups(columns, group_size)
+    packed = ceil(columns * bits / 32) * rows * 4
+    return packed + groups * rows * 2 + groups * ceil(rows * bits / 32) * 4 + (columns * 4 if g_idx else 0)
+
+
+def compressed_tensors_linear_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
+    """weight_packed int32 (out, ceil(in / (32 // bits))), weight_scale 16 bit (out, groups), weight_shape 2 x int64."""
+    per_word = 32 // bits
+    return -(-columns // per_word) * rows * 4 + rows * _groups(columns, group_size) * 2 + 16
+
+
+def fp8_linear_bytes(rows: int, columns: int, block: int = FP8_BLOCK) -> int:
+    """weight e4m3 and weight_scale_inv float32 per ``block`` x ``block`` tile."""
+    return rows * columns + -(-rows // block) * -(-columns // block) * 4
+
+
+@lru_cache(maxsize=1)
+def names() -> tuple[str, ...]:
+    """Every format without suffix, best known first."""
+    grouped = [
+        f"{method}-w{bits}g{group}"
+        for method, widths in _BITS.items()
+        for bits in sorted(widths, reverse=True)
+        for group in GROUPS
+    ]
+    return (*_PLAIN, *grouped)
+
+
+@lru_cache(maxsize=256)
+def parse(name: str) -> WeightFormat | None:
+    """The format of this name (case does not matter, ``:experts`` allowed); None when it is none of these."""
+    base = name.lower().removesuffix(EXPERTS_ONLY)
+    only = name.lower() != base
+    if base in _PLAIN:
+        method, bits, group = _PLAIN[base]
+        if method == "plain" and only:
+            raise ReapcError(f"format {name!r}: {base} has nothing to limit to the experts", hint=f"write {base!r}")
+        return WeightFormat(base + (EXPERTS_ONLY if only else ""), method, bits, group, only)
+    match = _GROUPED.match(base)
+    if not match:
+        return None
+    family, bits, group = match[1], int(match[2]), int(match[3])
+    if bits not in _BITS[family] or group not in GROUPS:
+        raise ReapcError(
+            f"format {name!r}: {family} has {', '.join(map(str, _BITS[family]))} bits and groups of "
+            f"{', '.join(map(str, GROUPS))}",
+            hint=nearest(base, names()),
+        )
+    return WeightFormat(base + (EXPERTS_ONLY if only else ""), family, bits, group, only)  # type: ignore[arg-type]
+
+
+def stored_bytes(group: TensorGroup) -> int:
+    """Bytes of one unit (an expert's share, or the whole) in its own 16 bit dtype, or the one it is stored in."""
+    return prod(group.shape) * (DTYPE_BYTES[group.dtype] if group.dtype else 2)
+
+
+def group_bytes(fmt: WeightFormat, group: TensorGroup, experts: int) -> int:
+    """Bytes of a tensor (all its experts) in the format, unsharded."""
+    unit = sum(fmt.linear_bytes(*shape) for shape in group.linears) if fmt.covers(group) else stored_bytes(group)
+    return unit * (experts if group.per_expert else 1)
+
+
+def checkpoint_bytes(fmt: WeightFormat, spec: ModelSpec, *, mtp: bool = False) -> int:
+    """Tensor bytes of the checkpoint: the main model, ``mtp`` layers if asked for, and the vision tower in 16 bits."""
+    return (
+        sum(group_bytes(fmt, group, spec.num_experts) * count for group, count in spec.groups(mtp))
+        + 2 * spec.vision_parameters
+    )
+
+
+def misfit(fmt: WeightFormat, spec: ModelSpec) -> str | None:
+    """Why the quantizer cannot write this model in the format, or None."""
+    if not fmt.quantized:
+        return None
+    for group, _ in spec.groups():
+        if fmt.covers(group):
+            for shape in group.linears:
+                if reason := fmt.misfit(*shape):
+                    return f"{group.name.removesuffix('.weight')}: {reason}"
+    return None
+
+
+def expert_bits(fmt: WeightFormat, spec: ModelSpec) -> float:
+    """Mean bits per weight of the routed experts' linears."""
+    size = weights = 0
+    for group, count in spec.groups():
+        if group.role == "expert" and group.linears:
+            size += group_bytes(fmt, group, 1) * count
+            weights += sum(prod(shape) for shape in group.linears) * count
+    return 8 * size / weights
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One rank's bytes of a layer: ``fixed + per_expert * experts held``."""
+
+    fixed: int
+    per_expert: int
+
+
+def _split(group: TensorGroup, shape: tuple[int, int], tp: int, expert_tp: int, kv_heads: int) -> tuple[int, int]:
+    """The (rows, columns) of a linear that one rank holds."""
+    rows, columns = shape
+    match group.parallel:
+        case "column":
+            return ceil(rows / tp), columns
+        case "row":
+            return rows, ceil(columns / tp)
+        case "kv":
+            return rows // kv_heads * max(1, kv_heads // tp), columns
+        case "expert":
+            return ceil(rows / expert_tp), columns
+        case "expert_row":
+            return rows, ceil(columns / expert_tp)
+    return shape
+
+
+def shard(fmt: WeightFormat, group: TensorGroup, tp: int, ep: int, kv_heads: int, vocab_pad: int = 64) -> Shard:
+    """What one tensor-parallel rank holds of a tensor. With ``ep`` > 1 experts stay whole and are dealt out."""
+    expert_tp = 1 if ep > 1 else tp
+    if fmt.covers(group):
+        unit = sum(fmt.shard_bytes(*_split(group, shape, tp, expert_tp, kv_heads)) for shape in group.linears)
+    elif group.linears:
+        element = DTYPE_BYTES[group.dtype] if group.dtype else 2
+        unit = sum(prod(_split(group, shape, tp, expert_tp, kv_heads)) for shape in group.linears) * element
+    elif group.parallel == "vocab":
+        rows = ceil(group.shape[0] / vocab_pad) * vocab_pad
+        unit = ceil(rows / tp) * prod(group.shape[1:]) * 2
+    else:
+        size = stored_bytes(group)
+        if group.parallel == "kv":
+            unit = size // kv_heads * max(1, kv_heads // tp)
+        elif group.parallel in ("column", "row"):
+            unit = ceil(size / tp)
+        elif group.parallel in ("expert", "expert_row"):
+            unit = ceil(size / expert_tp)
+        else:
+            unit = size
+    return Shard(0, unit) if group.per_expert else Shard(unit, 0)
+
+
+def with_scope(fmt: WeightFormat, experts_only: bool) -> WeightFormat:
+    """The same format, limited to the routed experts or not."""
+    base = fmt.name.removesuffix(EXPERTS_ONLY)
+    return replace(fmt, name=base + (EXPERTS_ONLY if experts_only else ""), experts_only=experts_only)

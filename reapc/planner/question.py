@@ -1,0 +1,234 @@
+"""What is asked of the planner: a model, a target, how it is to be served, and which formats and expert counts may be
+tried. Made from a recipe, or from the options of ``reapc fit``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import floor
+
+from reapc.arch import ModelSpec
+from reapc.errors import CannotBeDone, ReapcError
+from reapc.formats import weights
+from reapc.formats.gguf_types import DEFAULT_TYPES
+from reapc.plan import EngineName
+from reapc.planner import prior
+from reapc.recipe import Recipe, ServeSection
+from reapc.schema import nearest
+from reapc.target import Target
+
+ENGINES: tuple[EngineName, ...] = ("vllm", "llama.cpp")
+GGUF_AUTO = (
+    "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS",
+    "IQ2_XXS",
+)  # fmt: skip
+VLLM_AUTO = (
+    "bf16", "fp8-block", "fp8", "int8",
+    *(f"auto-round-w{bits}g{group}" for bits in (8, 6, 5, 4, 3, 2) for group in weights.GROUPS),
+    *(f"auto-round-w{bits}g{group}:experts" for bits in (4, 3, 2) for group in weights.GROUPS),
+    *(f"ct-w{bits}g{group}" for bits in (8, 4, 3, 2) for group in weights.GROUPS),
+    *(f"gptq-w{bits}g{group}" for bits in (8, 4) for group in weights.GROUPS),
+    "nvfp4", "mxfp4",
+)  # fmt: skip
+# Formats that `reapc build` of this version can write; the planner knows more.
+BUILDABLE = ("bf16", *DEFAULT_TYPES)
+MIXTRAL_EXPERTS = 8  # llama-quantize takes any model with 8 experts for Mixtral
+_METHODS = {"auto_round": ("auto-round", "ct"), "gptq": ("gptq",)}
+
+
+@dataclass(frozen=True)
+class Question:
+    """``counts`` are the expert counts that may be kept, largest first; ``pairs`` the engines and formats to try.
+    ``measured`` gives the loss of pruning to a count where it was measured. ``free`` says that counts and formats were
+    not fixed by the user."""
+
+    model: str
+    spec: ModelSpec
+    target: Target
+    serve: ServeSection
+    pairs: tuple[tuple[EngineName, str], ...]
+    counts: tuple[int, ...]
+    imatrix: bool = True
+    max_ratio: float = 0.25
+    measured: Callable[[int], float] | None = None
+    counts_fixed: bool = False
+    formats_fixed: bool = False
+
+    def prune_loss(self, kept: int) -> float:
+        """The predicted cost of keeping ``kept`` experts."""
+        total = self.spec.num_experts
+        if kept == total:
+            return 0.0
+        return self.measured(kept) if self.measured is not None else prior.pruning_loss(1 - kept / total)
+
+
+@lru_cache(maxsize=256)
+def check_format(name: str) -> tuple[EngineName, str]:
+    """The engine and canonical name of a format; ReapcError (exit 2) names the nearest known ones. In llama.cpp's
+    spelling BF16 is a GGUF file, in lower case bf16 is a checkpoint."""
+    if name in DEFAULT_TYPES:
+        return "llama.cpp", name
+    if parsed := weights.parse(name):
+        return "vllm", parsed.name
+    upper = name.upper()
+    if upper in DEFAULT_TYPES:
+        return "llama.cpp", upper
+    known = [*weights.names(), *DEFAULT_TYPES]
+    guess = nearest(name.lower(), known) or nearest(upper, known)
+    raise ReapcError(f"unknown format {name!r}", hint=f"{guess}`reapc formats` lists them")
+
+
+def floor_count(value: float) -> int:
+    """floor, but 0.3 * 10 = 2.9999999999999996 counts as 3."""
+    return floor(value + 1e-9)
+
+
+def kept_counts(
+    spec: ModelSpec, *, ratio: float | None = None, experts: int | None = None, max_ratio: float = 0.25,
+    none: bool = False,
+) -> tuple[int, ...]:  # fmt: skip
+    """Expert counts that may be kept, largest first; ReapcError where the request leaves fewer than top-k."""
+    total, top_k = spec.num_experts, spec.top_k
+    if none:
+        return (total,)
+    if experts is not None or ratio is not None:
+        asked = f"prune.experts = {experts}" if experts is not None else f"prune.ratio = {ratio}"
+        kept = experts if experts is not None else total - floor_count(total * (ratio or 0.0))
+        if kept > total:
+            raise ReapcError(f"{asked}: the model has {total} experts", hint=f"at most {total}")
+        if kept < top_k:
+            largest = floor((total - top_k) / total * 10_000) / 10_000
+            raise ReapcError(
+                f"{asked} leaves {kept} of {total} experts, and every token is sent to {top_k}",
+                hint=f"the largest ratio possible is {largest} ({top_k} experts)",
+            )
+        counts: Sequence[int] = (kept,)
+    else:
+        counts = range(total, max(top_k, total - floor_count(total * max_ratio)) - 1, -1)
+    grouped = tuple(kept for kept in counts if kept % spec.n_group == 0 and kept // spec.n_group >= 1)
+    if not grouped:
+        raise ReapcError(
+            f"{counts[0]} experts do not divide into the router's {spec.n_group} groups",
+            hint=f"a multiple of {spec.n_group} is needed",
+        )
+    # llama-quantize would take a model pruned to 8 for Mixtral; only an explicit request gets it
+    if len(grouped) > 1 and total != MIXTRAL_EXPERTS:
+        grouped = tuple(kept for kept in grouped if kept != MIXTRAL_EXPERTS)
+    return grouped
+
+
+def native_format(spec: ModelSpec) -> str | None:
+    """The format that the checkpoint is published in, where it is one of ours: it costs nothing to keep."""
+    published = spec.quantization or {}
+    match published.get("quant_method"):
+        case "fp8":
+            return "fp8-block" if published.get("weight_block_size") else "fp8"
+        case "mxfp4":
+            return "mxfp4:experts"
+    return None
+
+
+def auto_pairs(spec: ModelSpec, engine: str = "auto", buildable: bool = False) -> tuple[tuple[EngineName, str], ...]:
+    """Every engine and format that is tried when nothing is fixed."""
+    pairs: list[tuple[EngineName, str]] = [("vllm", name) for name in VLLM_AUTO]
+    pairs += [("llama.cpp", name) for name in GGUF_AUTO]
+    if native_format(spec) == "mxfp4:experts":
+        pairs += [("vllm", "mxfp4:experts"), ("llama.cpp", "MXFP4_MOE")]
+    return tuple(pair for pair in pairs if engine in ("auto", pair[0]) and (not buildable or pair[1] in BUILDABLE))
+
+
+def format_pairs(name: str, engine: str) -> tuple[tuple[EngineName, str], ...]:
+    """The engine and format that a name means; exit code 1 when ``engine`` cannot serve it."""
+    owner, fmt = check_format(name)
+    if fmt in ("bf16", "BF16"):
+        both: list[tuple[EngineName, str]] = [("vllm", "bf16"), ("llama.cpp", "BF16")]
+        return tuple(pair for pair in both if engine in ("auto", pair[0]))
+    if engine not in ("auto", owner):
+        raise CannotBeDone(
+            f'serve.engine = "{engine}" cannot serve {fmt}',
+            hint=f"{fmt} is served by {owner}; GGUF types need llama.cpp, the others vLLM",
+        )
+    return ((owner, fmt),)
+
+
+def from_recipe(
+    recipe: Recipe, spec: ModelSpec, model: str, measured: Callable[[int], float] | None = None,
+    buildable: bool = False,
+) -> Question:  # fmt: skip
+    """The question that a recipe asks. ``buildable`` leaves only formats that this version can write."""
+    prune, serve = recipe.prune, recipe.serve
+    if serve.context > spec.max_context:
+        raise ReapcError(
+            f"serve.context = {serve.context}: the model knows {spec.max_context} positions",
+            hint=f"at most {spec.max_context}",
+        )
+    counts = kept_counts(
+        spec,
+        ratio=None if prune.ratio == "auto" else prune.ratio,
+        experts=None if prune.experts == "auto" else prune.experts,
+        max_ratio=prune.max_ratio,
+        none=prune.method == "none",
+    )
+    return Question(
+        model=model,
+        spec=spec,
+        target=recipe.target,
+        serve=serve,
+        pairs=_recipe_pairs(recipe, spec, buildable),
+        counts=counts,
+        imatrix=recipe.quantize.imatrix,
+        max_ratio=prune.max_ratio,
+        measured=measured,
+        counts_fixed=prune.method == "none" or prune.ratio != "auto" or prune.experts != "auto",
+        formats_fixed=(recipe.quantize.method, recipe.quantize.format, recipe.quantize.bits) != ("auto",) * 3,
+    )
+
+
+def _recipe_pairs(recipe: Recipe, spec: ModelSpec, buildable: bool) -> tuple[tuple[EngineName, str], ...]:
+    quantize, serve = recipe.quantize, recipe.serve
+    if quantize.format != "auto":
+        pairs = format_pairs(quantize.format, serve.engine)
+        if quantize.method == "none" and pairs[0][1] not in ("bf16", "BF16"):
+            raise ReapcError(f'quantize.format = "{quantize.format}" but quantize.method = "none"')
+    elif quantize.method == "none":
+        pairs = format_pairs("bf16", serve.engine)
+    else:
+        pairs = auto_pairs(spec, serve.engine)
+        if quantize.bits != "auto" and serve.engine in ("auto", "llama.cpp"):
+            pairs = (*(p for p in pairs if p[0] == "vllm"), *(("llama.cpp", name) for name in DEFAULT_TYPES))
+        if quantize.method == "gguf":
+            pairs = tuple(pair for pair in pairs if pair[0] == "llama.cpp" and pair[1] not in ("BF16", "F16", "F32"))
+        elif quantize.method in _METHODS:
+            allowed = _METHODS[quantize.method]
+            pairs = tuple(p for p in pairs if p[0] == "vllm" and (f := weights.parse(p[1])) and f.method in allowed)
+        if quantize.group_size != "auto":
+            pairs = tuple(p for p in pairs if (f := weights.parse(p[1])) and f.group_size == quantize.group_size)
+    if quantize.bits != "auto":
+        pairs = tuple(pair for pair in pairs if nominal_bits(pair[1]) == quantize.bits)
+    if not pairs and quantize.method in ("gguf", *_METHODS):
+        raise CannotBeDone(
+            f'serve.engine = "{serve.engine}" cannot serve what quantize.method = "{quantize.method}" writes with '
+            f"bits = {quantize.bits}, group_size = {quantize.group_size}",
+            hint='GGUF needs serve.engine = "llama.cpp", AutoRound and GPTQ need "vllm"',
+        )
+    if not pairs:
+        raise CannotBeDone(
+            f"quantize.bits = {quantize.bits}: no such format (1 to 6, 8 or 16 bits), or another key excludes it"
+        )
+    if buildable:
+        ours = tuple(pair for pair in pairs if pair[1] in BUILDABLE)
+        if not ours:
+            raise CannotBeDone(
+                f"this version of reapc cannot write {pairs[0][1]} yet: its quantizer driver is not there",
+                hint='quantize.method = "gguf" quantizes for llama.cpp; "none" keeps bf16',
+            )
+        return ours
+    return pairs
+
+
+def nominal_bits(fmt: str) -> int:
+    """The number in a format's name: 4 for Q4_K_M, 3 for auto-round-w3g128, 16 for bf16."""
+    if parsed := weights.parse(fmt):
+        return parsed.bits
+    return int("".join(c for c in fmt.split("_")[0] if c.isdigit()))
