@@ -48,7 +48,7 @@ def main() -> int:
     }
     peer = llmfit()
     if peer:
-        commands["llmfit fit"] = [peer, "fit", "--memory", "24G", "--json"]
+        commands["llmfit fit"] = [peer, "--memory", "24G", "fit", "--json"]
     times: dict[str, list[float]] = {name: [] for name in commands}
     for command in commands.values():
         seconds(command)  # once for the disk cache

@@ -38,9 +38,8 @@ def published_format(spec: ModelSpec) -> str:
         case "compressed-tensors" if published.get("format") == "mxfp4-pack-quantized":
             return "mxfp4:experts"
         case "compressed-tensors" if published.get("format") == "pack-quantized":
-            groups: dict[str, Any] = published.get("config_groups") or {}
-            first: dict[str, Any] = next(iter(groups.values()), None) or {}
-            group: dict[str, Any] = first.get("weights") or {}
+            groups: list[dict[str, Any]] = list((published.get("config_groups") or {}).values())
+            group: dict[str, Any] = (groups[0].get("weights") if groups else None) or {}
             return f"ct-w{group.get('num_bits', 4)}g{group.get('group_size', 32)}:experts"
     return "fp16" if spec.dtype == "float16" else "bf16"
 

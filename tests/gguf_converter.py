@@ -38,7 +38,8 @@ def convert(folder: Path) -> dict[str, Any]:
             shape = data.shape
             if str(data.dtype) == "uint8":
                 shape = gguf.quant_shape_from_byte_shape(shape, raw_dtype)
-            tensors[name] = [[int(size) for size in shape], raw_dtype.name]
+            kind = raw_dtype.name if raw_dtype is not None else {"int32": "I32"}[str(data.dtype)]
+            tensors[name] = [[int(size) for size in shape], kind]
 
         model.gguf_writer.add_tensor = add_tensor
         model.prepare_tensors()

@@ -221,20 +221,28 @@ class ModelSpec:
         for layer in self.layers:
             yield from self.layer_tensors(layer.index)
 
-    def groups(self, mtp: bool = False) -> Iterator[tuple[TensorGroup, int]]:
+    def groups(self, mtp: bool = False) -> tuple[tuple[TensorGroup, int], ...]:
         """Every group with the number of layers that have it; layers of one kind are counted together."""
-        for group in self.outer:
-            yield group, 1
-        counts: dict[int, tuple[LayerKind, int]] = {}
-        for layer in (*self.layers, *(self.mtp_layers if mtp else ())):
-            kind, count = counts.get(id(layer.kind), (layer.kind, 0))
-            counts[id(layer.kind)] = (kind, count + 1)
-        for kind, count in counts.values():
-            for group in kind.tensors:
-                yield group, count
-        if mtp:
-            for group in self.mtp_outer:
-                yield group, 1
+        return self._groups_with_mtp if mtp else self._groups
+
+    @cached_property
+    def _groups(self) -> tuple[tuple[TensorGroup, int], ...]:
+        return (*((group, 1) for group in self.outer), *_counted(self.layers))
+
+    @cached_property
+    def _groups_with_mtp(self) -> tuple[tuple[TensorGroup, int], ...]:
+        return (
+            *((group, 1) for group in self.outer),
+            *_counted((*self.layers, *self.mtp_layers)),
+            *((group, 1) for group in self.mtp_outer),
+        )
+
+    @cached_property
+    def expert_weights(self) -> int:
+        """Weights of one routed expert's linears, over all layers of the main model."""
+        return sum(
+            group.unit_parameters * count for group, count in self.groups() if group.role == "expert" and group.linears
+        )
 
     @property
     def parameters(self) -> int:
@@ -265,3 +273,11 @@ class ModelSpec:
     def with_experts(self, kept: int) -> ModelSpec:
         """The same model with ``kept`` experts in every MoE layer (MTP layers too)."""
         return replace(self, num_experts=kept)
+
+
+def _counted(layers: tuple[LayerSpec, ...]) -> list[tuple[TensorGroup, int]]:
+    counts: dict[int, tuple[LayerKind, int]] = {}
+    for layer in layers:
+        kind, count = counts.get(id(layer.kind), (layer.kind, 0))
+        counts[id(layer.kind)] = (kind, count + 1)
+    return [(group, count) for kind, count in counts.values() for group in kind.tensors]

@@ -352,6 +352,8 @@ def split_layers(costs: list[int], parts: int, last_extra: int) -> list[int]:
 
     ``last_extra`` bytes (output matrix) weigh on the last card. Bisection over the answer; exact.
     """
+    if parts == 1:
+        return [len(costs)]
     low, high = 0, sum(costs) + max(last_extra, 0)
     while low < high:
         middle = (low + high) // 2

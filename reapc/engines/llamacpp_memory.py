@@ -83,7 +83,8 @@ def _matrices(kind: LayerKind, *roles: str) -> Iterator[GgufPart]:
 
 def _mixer(kind: LayerKind) -> int:
     """Attention or a recurrent mixer: every projection twice (its result, and normed, rotated, convolved or gated),
-    what goes into the last matrix, and for absorbed MLA the queries in latent space before and after the rope part joins."""
+    what goes into the last matrix, and for absorbed MLA the queries in latent space before and after the rope part
+    joins."""
     elements = 0
     latent = max((stream.k_elements for stream in kind.cache if stream.kind == "latent"), default=0)
     for part in _matrices(kind, "attention"):

@@ -13,7 +13,7 @@ from reapc.formats.gguf_types import TYPES
 from reapc.plan import HOST, RAM, Candidate, Plan
 from reapc.planner import prior
 from reapc.planner.question import Question
-from reapc.planner.search import ROUTER_KIND, loss_method
+from reapc.planner.search import loss_method, router_cost
 
 Line = tuple[str, int, str]
 
@@ -196,7 +196,7 @@ def loss_lines(plan: Plan, question: Question) -> list[tuple[str, float, str]]:
     prune = question.prune_loss(chosen.experts_kept)
     rest = chosen.predicted_loss - prune
     kv = prior.kv_loss(chosen.kv_dtype)
-    router = prior.router_cost(chosen.experts_kept, chosen.engine, ROUTER_KIND)
+    router = router_cost(question.spec, chosen.engine, chosen.experts_kept)
     source = "the scores of this model" if plan.loss_source == "measured" else prior.source_of("pruning")
     return [
         (f"{chosen.format}, {chosen.bits_per_expert_weight:.2f} bits", rest - kv - router, prior.source_of(method)),

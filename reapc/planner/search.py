@@ -25,8 +25,6 @@ from reapc.units import format_bytes
 Layouts = llamacpp.Layouts | vllm.Layouts
 MAX_RUNNERS_UP = 3
 USUAL_RATIO = 0.25
-# Counted on every target: a card beside the RAM would add the cost otherwise, and more memory must never cost more.
-ROUTER_KIND = "cuda"
 
 
 @lru_cache(maxsize=128)
@@ -87,14 +85,7 @@ def least_bytes(question: Question, engine: EngineName, fmt: str) -> int:
         bits = TYPES["IQ3_XXS" if fmt == "IQ3_XS" else DEFAULT_TYPES[fmt]].bits_per_weight
     else:
         bits = float(weights.parse(fmt).bits)  # type: ignore[union-attr]
-    return int(_expert_parameters(question.spec) * min(question.counts) * bits / 8)
-
-
-def _expert_parameters(spec: ModelSpec) -> int:
-    """Weights of one expert over all layers."""
-    return sum(
-        group.unit_parameters * count for group, count in spec.groups() if group.role == "expert" and group.linears
-    )
+    return int(question.spec.expert_weights * min(question.counts) * bits / 8)
 
 
 @dataclass
@@ -114,7 +105,7 @@ def candidate(question: Question, engine: EngineName, fmt: str, kv: str, sizes: 
         quantization_loss(spec, engine, fmt, sizes.bits)
         + question.prune_loss(kept)
         + prior.kv_loss(kv)
-        + prior.router_cost(kept, engine, ROUTER_KIND)
+        + router_cost(spec, engine, kept)
     )
     return Candidate(
         engine=engine,
@@ -168,7 +159,7 @@ def search(question: Question, *, exhaustive: bool = True) -> Found:
                 lack = _lack(worst, question.spec)
                 found.refused.append(Refusal(engine=engine, format=fmt, experts=counts[-1], reason=lack))
                 continue
-            for count in {kept, _fused(engine, counts, kept)}:
+            for count in {kept, _fused(question.spec, engine, counts, kept)}:
                 found.fitting.append(candidate(question, engine, fmt, kv, sizes, count))
             if not exhaustive and found.fitting[-1].predicted_loss == 0:
                 return found
@@ -205,14 +196,16 @@ def _largest_fitting(sizes: Layouts, counts: tuple[int, ...]) -> int | None:
     return counts[low] if low < len(counts) else None
 
 
-def _fused(engine: EngineName, counts: tuple[int, ...], kept: int) -> int:
-    """The largest allowed count up to ``kept`` with the least router cost."""
-    if prior.router_cost(kept, engine, ROUTER_KIND) == 0:
-        return kept
-    for count in counts:
-        if count <= kept and prior.router_cost(count, engine, ROUTER_KIND) == 0:
-            return count
-    return kept
+def router_cost(spec: ModelSpec, engine: EngineName, kept: int) -> float:
+    """The cost of a count that loses llama.cpp's fused CUDA top-k; nothing where the whole model had none. The same on
+    every target: a card beside the RAM would add it otherwise, and more memory must never cost more."""
+    whole = prior.router_cost(spec.num_experts, engine, "cuda")
+    return max(0.0, prior.router_cost(kept, engine, "cuda") - whole)
+
+
+def _fused(spec: ModelSpec, engine: EngineName, counts: tuple[int, ...], kept: int) -> int:
+    """The largest allowed count up to ``kept`` without a router cost."""
+    return next((n for n in counts if n <= kept and router_cost(spec, engine, n) == 0), kept)
 
 
 def _lack(item: Candidate, spec: ModelSpec) -> str:
