@@ -45,6 +45,8 @@ class ServeSection(_Section):
     concurrency: int = Field(default=1, ge=1)
     # "native": the engine's own 16 bit; "auto": the planner may quantize the cache
     kv_cache: Literal["native", "auto", "f16", "bf16", "q8_0", "q4_0", "fp8"] = "native"
+    # vLLM's tensor parallel degree; with a number only vLLM is planned
+    tensor_parallel: Auto | Annotated[int, BeforeValidator(_no_bool), Field(ge=1)] = "auto"
     experimental: Annotated[tuple[str, ...], Field(strict=False)] = ()
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=1, le=65535)

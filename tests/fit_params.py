@@ -48,6 +48,34 @@ def measure(model: Path, context: int, slots: int, kv: str) -> Allocation:
     return Allocation(*map(int, rows[0][1:]))
 
 
+def published(name: str, spec: ModelSpec) -> dict[str, Any]:
+    """The catalogue's config.json, with keys that the converter asks for and that trimmed copies lack.
+
+    Where these are guessed (rope), they change no size.
+    """
+    from reapc.arch import known
+
+    config = {key: value for key, value in known.config(name).items() if not key.startswith("_")}
+    config.pop("quantization_config", None)
+    match spec.family:
+        case "minimax_m3":
+            config["architectures"] = ["MiniMaxM3SparseForCausalLM"]
+        case "mimo_v2_flash":
+            config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.334}
+        case "qwen3_vl_moe":
+            rope = {"rope_type": "default", "mrope_section": [24, 20, 20]}
+            config["text_config"] = {**config["text_config"], "rope_scaling": rope}
+        case "step3p7":
+            types = config["layer_types"] + ["full_attention"] * len(spec.mtp_layers)
+            config |= {
+                "model_type": "step3p5_published", "architectures": ["Step3p5ForCausalLM"],
+                "num_attention_groups": spec.num_kv_heads, "moe_num_experts": spec.num_experts,
+                "moe_top_k": spec.top_k,
+                "partial_rotary_factors": [1.0 if kind == "sliding_attention" else 0.5 for kind in types],
+            }  # fmt: skip
+    return config
+
+
 def write_models(root: Path, models: dict[str, tuple[ModelSpec, dict[str, Any], str]]) -> dict[str, Path]:
     """One sparse GGUF for each name: the spec's tensors in the given file type, the converter's metadata.
 
@@ -60,9 +88,7 @@ def write_models(root: Path, models: dict[str, tuple[ModelSpec, dict[str, Any], 
     for number, (name, (spec, config, ftype)) in enumerate(models.items()):
         folder = folders[name] = root / str(number)
         folder.mkdir()
-        plain = {key: value for key, value in config.items() if not key.startswith("_")}
-        plain.pop("quantization_config", None)
-        (folder / "config.json").write_text(json.dumps(plain))
+        (folder / "config.json").write_text(json.dumps(config))
         tensors = [(t.name, t.shape, t.type, t.data_bytes) for t in formats.tensor_types(spec, ftype, True)]
         about = {"vocabulary": spec.vocab_size, "tensors": tensors}
         (folder / "tensors.json").write_text(json.dumps(about))

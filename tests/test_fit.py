@@ -169,6 +169,18 @@ def test_engine_and_format_that_do_not_go_together(run: Any) -> None:
     assert "served by llama.cpp" in found.err
 
 
+def test_a_tensor_parallel_degree_that_does_not_divide(run: Any) -> None:
+    asked = ("fit", "--target", "h100x8", "--model", "qwen3-235b-a22b", "--json", "--tp")
+    for degree, reason in ((3, "64 attention heads do not divide over 3 cards"), (16, "the target has 8")):
+        found = run(*asked, degree)
+        assert found.code == 1
+        assert reason in found.err
+    row = run(*asked, 4).json["results"][0]
+    assert row["engine"] == "vllm"
+    assert row["parallel"]["tp"] == 4
+    assert run(*asked, 0).code == 2
+
+
 def test_ram_takes_the_experts_that_do_not_fit(run: Any) -> None:
     alone = run("fit", "--vram", "24GB", "--model", "glm-4.5-air", "--engine", "llama.cpp", "--json")
     beside = run("fit", "--vram", "24GB", "--ram", "64GB", "--model", "glm-4.5-air", "--engine", "llama.cpp", "--json")

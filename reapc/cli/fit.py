@@ -36,6 +36,7 @@ class Size(click.ParamType):
 @click.option("--capability", help="Compute capability of the cards, as 8.6.")
 @click.option("--model", "models", multiple=True, help="A model (catalogue name, folder, hub id); may be repeated.")
 @click.option("--engine", type=click.Choice(["auto", "vllm", "llama.cpp"]), default="auto")
+@click.option("--tp", type=click.IntRange(min=1), help="Tensor parallel degree (vLLM only); default: the best.")
 @click.option("--context", type=click.IntRange(min=16), default=4096, show_default=True, help="Tokens per sequence.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
 @click.option("--kv-dtype", type=click.Choice(KV_DTYPES), default="native", show_default=True)
@@ -54,6 +55,7 @@ def command(
     capability: str | None,
     models: tuple[str, ...],
     engine: str,
+    tp: int | None,
     context: int,
     concurrency: int,
     kv_dtype: str,
@@ -77,7 +79,7 @@ def command(
         format_pairs(fmt, engine)  # refuses an unknown format, and one that the engine does not serve
     serve = ServeSection.model_validate(
         {"engine": engine, "context": context, "concurrency": concurrency, "kv_cache": kv_dtype,
-         "experimental": experimental},
+         "experimental": experimental, "tensor_parallel": tp or "auto"},
     )  # fmt: skip
     wish = fit.Wish(target, serve, fmt, experts, max_ratio)
     specs = _specs(models)
@@ -169,25 +171,31 @@ def _show(verdicts: list[Any], target: Target, findings: tuple[str, ...], models
         console.print(Text(f"Cards sold in this size really show: {cards}; name one with --target."))
     if not verdicts:
         return
-    columns = ("model", "experts", "format", "engine", "KL", "weights", "free", "tok/s <=")
-    made = tables.table("", columns, ("KL", "weights", "free", "tok/s <="))
-    for verdict in verdicts:
-        best = verdict.best
+    speeds = [v.best.decode_tokens_per_second_ceiling if v.best else None for v in verdicts]
+    columns = ["model", "experts", "format", "engine", "KL", "GiB", "free"]
+    if any(speeds):
+        columns.append("tok/s")
+    made = tables.table("", columns, columns[4:])
+    for column in made.columns[3:]:
+        column.no_wrap = True
+    for verdict, speed in zip(verdicts, speeds, strict=True):
+        best, name = verdict.best, Text(verdict.model.split("/", 1)[-1] if "/" in verdict.model else verdict.model)
         if best is None:
-            made.add_row(Text(verdict.model), "-", "-", "-", "-", "-", "-", "-")
+            made.add_row(name, *("-" for _ in columns[1:]))
             continue
-        ceiling = best.decode_tokens_per_second_ceiling
-        made.add_row(
-            Text(verdict.model),
+        cells = [
             f"{best.experts_kept}/{verdict.spec.num_experts}",
             best.format,
             best.engine,
             f"{best.predicted_loss:.4f}",
-            format_bytes(best.weights_bytes),
-            format_bytes(best.placement.fullest.free_bytes) if best.fits else "does not fit",
-            "-" if ceiling is None else f"{ceiling:.0f}",
-        )
+            f"{best.weights_bytes / 2**30:.1f}",
+            f"{best.placement.fullest.free_bytes / 2**30:.1f}",
+            "-" if speed is None else f"{speed:.0f}",
+        ]
+        made.add_row(name, *cells[: len(columns) - 1])
     console.print(made)
+    speed_note = "; tok/s: the ceiling that the bandwidth sets" if any(speeds) else ""
+    console.print(Text(f"KL: predicted loss (prior); GiB: weights; free: on the fullest device, in GiB{speed_note}"))
     first = verdicts[0]
     if first.best is not None:
         console.print(Text(f"{first.model}, {first.best.engine} {first.best.format}:"))

@@ -88,8 +88,13 @@ def bars(devices: Sequence[DeviceBytes]) -> RenderableType:
 
 
 def _names(group: list[DeviceBytes]) -> str:
-    first, last = group[0].name, group[-1].name
-    return first if len(group) == 1 else f"{first} .. {last.rsplit(' ', 1)[-1]}"
+    """ "RTX 3090 1 .. 6", or "RTX 3090 1, 3, 4" where they do not follow each other."""
+    first = group[0].name
+    if len(group) == 1:
+        return first
+    numbers = [device.name.rsplit(" ", 1)[-1] for device in group]
+    follow = all(n.isdigit() for n in numbers) and int(numbers[-1]) - int(numbers[0]) == len(numbers) - 1
+    return f"{first} .. {numbers[-1]}" if follow else ", ".join([first, *numbers[1:]])
 
 
 def experts(candidate: Candidate, total: int) -> str:

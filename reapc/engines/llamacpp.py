@@ -20,6 +20,7 @@ from reapc.target import Target
 NAME = "llama.cpp"
 MIB = 2**20
 _DATA = data.load("llamacpp")
+NO_TENSOR_SPLIT = frozenset(_DATA["refused"]["split_tensor"])
 _MEMORY: dict[str, int] = _DATA["memory"]
 KV_TYPES: dict[str, dict[str, int]] = _DATA["kv"]
 MICRO_BATCH_TOKENS, BATCH_TOKENS = _MEMORY["micro_batch_tokens"], _MEMORY["batch_tokens"]
@@ -44,6 +45,8 @@ def padded_context(context: int) -> int:
 
 def refusal(spec: ModelSpec, fmt: str, target: Target, serve: ServeSection, kv: str, imatrix: bool) -> str | None:
     """Why llama.cpp cannot serve this at any expert count, or None."""
+    if serve.tensor_parallel != "auto":
+        return "serve.tensor_parallel is vLLM's; llama.cpp splits by layer"
     if spec.gguf_arch is None:
         return f"llama.cpp (version {_DATA['version']}) does not know this architecture ({spec.model_type})"
     if (packed := gguf.native_expert_type(spec)) and fmt not in (f"{packed}_MOE", "BF16", "F16", "F32"):

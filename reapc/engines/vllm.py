@@ -52,6 +52,8 @@ def refusal(spec: ModelSpec, fmt: WeightFormat, target: Target, serve: ServeSect
     """Why vLLM cannot serve this in any layout, or None."""
     if not target.gpus:
         return "vLLM needs a GPU here: without one reapc serves with llama.cpp"
+    if isinstance(serve.tensor_parallel, int) and serve.tensor_parallel > target.gpus:
+        return f"tensor parallelism over {serve.tensor_parallel} cards, and the target has {target.gpus}"
     if target.kind != "cuda":
         return f"vLLM is planned for CUDA cards only; the target's cards are {target.kind}"
     if kv not in KV_TYPES:
@@ -98,9 +100,11 @@ class Layout(NamedTuple):
     ep: int
 
 
-def layouts(target: Target) -> Iterator[Layout]:
-    """Every layout over at most all cards: more cards first, more tensor parallelism first."""
-    pairs = [(tp, pp) for tp in range(1, target.gpus + 1) for pp in range(1, target.gpus // tp + 1)]
+def layouts(target: Target, tensor_parallel: int | str = "auto") -> Iterator[Layout]:
+    """Every layout over at most all cards: more cards first, more tensor parallelism first; with a ``tensor_parallel``
+    degree only those."""
+    degrees = range(1, target.gpus + 1) if isinstance(tensor_parallel, str) else (tensor_parallel,)
+    pairs = [(tp, pp) for tp in degrees for pp in range(1, target.gpus // tp + 1)]
     for tp, pp in sorted(pairs, key=lambda pair: (-pair[0] * pair[1], -pair[0])):
         if target.nodes > 1 and tp > target.gpus // target.nodes:
             continue
@@ -238,7 +242,7 @@ class Layouts:
         self._costs: dict[tuple[int, int], list[_Cost]] = {}
         self.legal: list[tuple[Layout, bool]] = []
         self.reasons: list[str] = []
-        for layout in layouts(target):
+        for layout in layouts(target, serve.tensor_parallel):
             reason, slow = layout_refusal(spec, layout), False
             if reason is None:
                 reason, slow = format_refusal(spec, fmt, layout)
@@ -303,11 +307,12 @@ class Layouts:
             entries = stream.entries(self.serve.context)
             # blocks of a sequence, and one null block
             blocks = -(-entries // BLOCK_TOKENS) * self.serve.concurrency + 1
-            # an indexer's key is always fp8 with a float32 scale per 128 (vLLM's DeepseekV32IndexerCache)
-            entry = stream.elements + 4 * ceil(stream.elements / 128) if stream.kind == "index" else 0
+            # DSA's indexer keys are always fp8 with a float32 scale per 128 (vLLM's DeepseekV32IndexerCache)
+            dsa = stream.kind == "index" and self.spec.latent_attention
+            entry = stream.elements + 4 * ceil(stream.elements / 128) if dsa else 0
             tokens += blocks * BLOCK_TOKENS * (entry or spread(stream, tp) * size)
         element = DTYPE_BYTES.get(kind.recurrent_dtype, 2)
-        state = ceil((kind.conv_elements * 2 + kind.recurrent_elements * element) / tp)
+        state = ceil((kind.conv_elements * 2 + kind.recurrent_elements * element) / (tp if kind.state_heads else 1))
         return _Cost(fixed, unit, tokens, state * self.serve.concurrency, replicated)
 
     def _layer_costs(self, tp: int, ep: int) -> list[_Cost]:

@@ -134,7 +134,7 @@ def auto_pairs(spec: ModelSpec, engine: str = "auto", buildable: bool = False) -
     pairs: list[tuple[EngineName, str]] = [("vllm", name) for name in VLLM_AUTO]
     pairs += [("llama.cpp", name) for name in GGUF_AUTO]
     if native_format(spec) == "mxfp4:experts":
-        pairs += [("vllm", "mxfp4:experts"), ("llama.cpp", "MXFP4_MOE")]
+        pairs = [("vllm", "mxfp4:experts"), *pairs, ("llama.cpp", "MXFP4_MOE")]
     return tuple(pair for pair in pairs if engine in ("auto", pair[0]) and (not buildable or pair[1] in BUILDABLE))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from reapc.arch import ModelSpec
+from reapc.engines import llamacpp
 from reapc.errors import CannotBeDone
 from reapc.plan import HOST, Candidate, Refusal
 from reapc.planner.question import BUILDABLE, Question, kept_counts
@@ -27,6 +29,8 @@ def reasons(question: Question, ranked: list[Candidate], refused: list[Refusal],
     ]
     if best.experts_kept < total and not question.counts_fixed:
         lines.append(f"All {total} experts do not fit in {best.format}; {best.experts_kept} is the most that does.")
+    if best.engine == "llama.cpp" and best.placement.pipeline_parallel > 1:
+        lines.append(split_reason(question.spec))
     if best.placement.offloaded_layers:
         lines.append(
             f"The experts of the first {best.placement.offloaded_layers} layers lie in RAM: decoding waits for it."
@@ -47,6 +51,14 @@ def reasons(question: Question, ranked: list[Candidate], refused: list[Refusal],
         lines.append(f"Too large even at the fewest experts allowed: {', '.join(too_large[:MAX_LISTED])}{rest}.")
     lines += engine_refusals(refused)
     return lines
+
+
+def split_reason(spec: ModelSpec) -> str:
+    """How several cards share the work in llama.cpp, and why not otherwise."""
+    lines = "The cards hold whole layers and work one after another (-sm layer)"
+    if spec.gguf_arch in llamacpp.NO_TENSOR_SPLIT:
+        return f"{lines}: -sm tensor is not implemented for {spec.gguf_arch}."
+    return f"{lines}; -sm tensor is experimental and not planned."
 
 
 def engine_refusals(refused: list[Refusal]) -> list[str]:
