@@ -48,11 +48,14 @@ def build(config: dict[str, Any], where: str) -> ModelSpec:
         "sliding_attention": _layer(d, width, dense, d.kv_heads, d.head_dim, window, False),
         "full_attention": _layer(d, width, dense, wide_kv, wide, None, equal),
     }
+    types = layer_types(text, "layer_types", d.count, text_where)
+    if types[-1] != "full_attention":  # transformers would turn it into one
+        raise ReapcError(f"{text_where}: the last of layer_types is {types[-1]!r}: 'full_attention' expected")
     vision = config.get("vision_config")
     return d.spec(
         family="gemma4",
         model_type=str(config["model_type"]),
-        kinds=[kinds[name] for name in layer_types(text, "layer_types", d.count, text_where)],
+        kinds=[kinds[name] for name in types],
         width=width,
         prefix=PREFIX,
         top_k=read(text, "top_k_experts", int, text_where),

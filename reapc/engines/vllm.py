@@ -301,6 +301,7 @@ class Layouts:
                 unit += held.per_expert
             else:
                 replicated += held.per_expert
+        fixed += _copied_keys(self.fmt, kind, tp, ep, _kv_heads(kind, self.spec))
         size = KV_TYPES[self.kv]["bytes"]
         tokens = 0
         for stream in kind.cache:
@@ -424,6 +425,15 @@ class Layouts:
             total += (cost.kv + cost.state) // self.serve.concurrency
         total += self._outside(Layout(tp, placement.pipeline_parallel, ep))[1]
         return self.target.bandwidth / total
+
+
+def _copied_keys(fmt: WeightFormat, kind: LayerKind, tp: int, ep: int, kv_heads: int) -> int:
+    """Bytes of k_proj once more: where a layer has no v_proj (Gemma-4's full layers), vLLM loads K into V's rows too."""
+    names = {group.name: group for group in kind.tensors if group.parallel == "kv" and group.linears}
+    key = next((group for name, group in names.items() if name.endswith("k_proj.weight")), None)
+    if key is None or any(name.endswith("v_proj.weight") for name in names):
+        return 0
+    return weights.shard(fmt, key, tp, ep, kv_heads).fixed
 
 
 def _kv_b_parameters(kind: LayerKind) -> int:
