@@ -12,7 +12,7 @@ import pytest
 from specs import DATA, demo_spec, qwen30b, recipe_of
 
 from reapc.arch import ModelSpec, known
-from reapc.engines import llamacpp, vllm
+from reapc.engines import llamacpp, vllm, vllm_rules
 from reapc.formats import weights
 from reapc.plan import Plan
 from reapc.planner.search import make_plan
@@ -170,7 +170,7 @@ def vllm_refusal(spec: ModelSpec, fmt: str, target: Any, kv: str = "auto", **ser
     parsed = weights.parse(fmt)
     assert parsed is not None
     recipe = recipe_of(target, serve=serve)
-    return vllm.refusal(spec, parsed, recipe.target, recipe.serve, kv) or ""
+    return vllm_rules.refusal(spec, parsed, recipe.target, recipe.serve, kv) or ""
 
 
 def test_vllm_legality() -> None:
@@ -211,16 +211,16 @@ MODELS = {
 def test_tensor_parallel_and_int4_groups_against_the_table_read_from_vllm(row: dict[str, str]) -> None:
     """facts/tp-legality-check-me.csv: which degrees of tensor parallelism and which groups Marlin takes."""
     spec, tp = known.spec(MODELS[row["family"]]), int(row["tp"])
-    layout = vllm.Layout(tp, 1, 1)
-    legal = vllm.layout_refusal(spec, layout) is None
-    assert legal == (row["verdict"] != "ILLEGAL"), vllm.layout_refusal(spec, layout)
+    layout = vllm_rules.Layout(tp, 1, 1)
+    legal = vllm_rules.layout_refusal(spec, layout) is None
+    assert legal == (row["verdict"] != "ILLEGAL"), vllm_rules.layout_refusal(spec, layout)
     if not legal:
         return
     marlin = []
     for group in (32, 64, 128):
         fmt = weights.parse(f"ct-w4g{group}:experts")
         assert fmt is not None
-        reason, slow = vllm.format_refusal(spec, fmt, layout)
+        reason, slow = vllm_rules.format_refusal(spec, fmt, layout)
         if reason is None and not slow:
             marlin.append(str(group))
     assert " ".join(marlin) == row["legal_group_sizes(int4 g)"].strip()
@@ -231,24 +231,24 @@ def test_glm_air_over_eight_cards_has_no_int4_group_but_expert_parallelism_has()
     for group in (32, 64, 128):
         fmt = weights.parse(f"gptq-w4g{group}:experts")
         assert fmt is not None
-        reason, _ = vllm.format_refusal(spec, fmt, vllm.Layout(8, 1, 1))
+        reason, _ = vllm_rules.format_refusal(spec, fmt, vllm_rules.Layout(8, 1, 1))
         assert reason is not None
         assert "176 per card over 8 cards" in reason
-        assert vllm.format_refusal(spec, fmt, vllm.Layout(8, 1, 8)) == (None, False)
+        assert vllm_rules.format_refusal(spec, fmt, vllm_rules.Layout(8, 1, 8)) == (None, False)
 
 
 def test_a_group_that_marlin_refuses_is_served_slowly() -> None:
     """1408 / 4 = 352 columns: not a multiple of 64 or 128, but of 32, which moe_wna16 falls back to."""
     fmt = weights.parse("gptq-w4g128:experts")
     assert fmt is not None
-    assert vllm.format_refusal(known.spec("zai-org/GLM-4.5-Air"), fmt, vllm.Layout(4, 1, 1)) == (None, True)
+    assert vllm_rules.format_refusal(known.spec("zai-org/GLM-4.5-Air"), fmt, vllm_rules.Layout(4, 1, 1)) == (None, True)
 
 
 def test_vllm_bytes_add_up_over_cards() -> None:
     """Weights over 4 tensor-parallel cards: the experts once, norms and routers four times."""
     spec = qwen30b()
     sizes = vllm_layouts(spec, "bf16", {"gpus": 4, "vram": "40GiB", "compute_capability": "8.0"})
-    placement = sizes._placement(vllm.Layout(4, 1, 1), 128, False)
+    placement = sizes._placement(vllm_rules.Layout(4, 1, 1), 128, False)
     roles = spec.parameters_by_role()
     replicated = roles["norm"] + roles["router"]
     assert sum(d.weights_bytes for d in placement.devices) == 2 * (spec.parameters + 3 * replicated)
@@ -259,8 +259,8 @@ def test_expert_parallel_ranks_hold_whole_experts_rounded_up() -> None:
     """126 experts over 4 ranks: 32 of them on the fullest."""
     spec = qwen30b()
     sizes = vllm_layouts(spec, "bf16", {"gpus": 4, "vram": "40GiB", "compute_capability": "8.0"})
-    dealt = sizes._placement(vllm.Layout(4, 1, 4), 126, False).devices[0].weights_bytes
-    whole = sizes._placement(vllm.Layout(4, 1, 4), 128, False).devices[0].weights_bytes
+    dealt = sizes._placement(vllm_rules.Layout(4, 1, 4), 126, False).devices[0].weights_bytes
+    whole = sizes._placement(vllm_rules.Layout(4, 1, 4), 128, False).devices[0].weights_bytes
     assert whole - dealt == 48 * 2 * 2048 * 2  # two router rows a layer, and no expert
 
 
@@ -268,11 +268,12 @@ def test_mla_latents_lie_whole_on_every_rank_and_kv_heads_do_not() -> None:
     """DeepSeek-V3: 576 elements a token and layer on each of 8 ranks; Qwen3-30B: 4 KV heads over 8 ranks keep one."""
     cards = {"gpus": 8, "vram": "192GB", "compute_capability": "9.0"}
     sizes = vllm_layouts(known.spec("deepseek-ai/DeepSeek-V3"), "bf16", cards, context=32768)
-    latent = sizes._placement(vllm.Layout(8, 1, 1), 256, False).devices[7].kv_bytes
+    latent = sizes._placement(vllm_rules.Layout(8, 1, 1), 256, False).devices[7].kv_bytes
     assert latent == 61 * 576 * 2 * (32768 + 16)
     sizes = vllm_layouts(qwen30b(), "bf16", cards, context=4096)
-    assert sizes._placement(vllm.Layout(8, 1, 1), 128, False).devices[0].kv_bytes == 48 * 2 * 128 * 2 * (4096 + 16)
-    assert sizes._placement(vllm.Layout(2, 1, 1), 128, False).devices[0].kv_bytes == 48 * 4 * 128 * 2 * (4096 + 16)
+    for tp, elements in ((8, 2 * 128), (2, 2 * 2 * 128)):
+        place = sizes._placement(vllm_rules.Layout(tp, 1, 1), 128, False)
+        assert place.devices[0].kv_bytes == 48 * elements * 2 * (4096 + 16)
 
 
 def test_idle_cards_are_listed_and_uneven_stages_are_emitted(tmp_path: Path) -> None:

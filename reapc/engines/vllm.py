@@ -1,4 +1,4 @@
-"""vLLM: parallel layouts that it accepts, and what every card holds.
+"""vLLM: what every card holds in each layout that it accepts (``vllm_rules.py``), and its launch script.
 
 Read in vLLM 0.33.0 (facts/vllm-legality.md; ``vllm.toml``); none of it was run on a card by us. Weights and KV are
 exact from shapes, the rest is a model and carries its source.
@@ -6,16 +6,15 @@ exact from shapes, the rest is a model and carries its source.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import ceil
 from typing import Any, NamedTuple
 
-from reapc.arch import LayerKind, ModelSpec, TensorGroup
+from reapc.arch import LayerKind, ModelSpec
 from reapc.arch.spec import DTYPE_BYTES
-from reapc.engines import data
 from reapc.engines.cache import spread
 from reapc.engines.render import render
+from reapc.engines.vllm_rules import DATA, KV_TYPES, Layout, format_refusal, kinds_of, layout_refusal, layouts
 from reapc.formats import weights
 from reapc.formats.weights import WeightFormat
 from reapc.plan import DeviceBytes, Placement, Plan
@@ -24,180 +23,16 @@ from reapc.target import Target
 
 NAME = "vllm"
 MIB = 2**20
-_DATA = data.load("vllm")
-_MEMORY = _DATA["memory"]
+_MEMORY = DATA["memory"]
 BLOCK_TOKENS: int = _MEMORY["block_tokens"]
 MAX_BATCHED_TOKENS: int = _MEMORY["max_batched_tokens"]
 GPU_MEMORY_UTILIZATION: float = _MEMORY["utilization"]
-KV_TYPES: dict[str, dict[str, Any]] = _DATA["kv"]
 SLOW = "slow: the generic moe_wna16 kernel, Marlin refuses this group"
 
 
 def utilization(target: Target) -> float:
     """--gpu-memory-utilization, a fraction of the card's total: less where not all of that is free."""
     return min(GPU_MEMORY_UTILIZATION, int(target.vram / target.total_bytes * 1000) / 1000)
-
-
-def kv_type(requested: str) -> str:
-    """The value of --kv-cache-dtype: f16 and bf16 are the model's own type, "auto"."""
-    return "auto" if requested in ("native", "auto", "f16", "bf16") else requested
-
-
-def kv_choices(requested: str) -> tuple[str, ...]:
-    """Cache types to try, best first: a request of "auto" admits fp8."""
-    return ("auto", "fp8") if requested == "auto" else (kv_type(requested),)
-
-
-def refusal(spec: ModelSpec, fmt: WeightFormat, target: Target, serve: ServeSection, kv: str) -> str | None:
-    """Why vLLM cannot serve this in any layout, or None."""
-    if not target.gpus:
-        return "vLLM needs a GPU here: without one reapc serves with llama.cpp"
-    if isinstance(serve.tensor_parallel, int) and serve.tensor_parallel > target.gpus:
-        return f"tensor parallelism over {serve.tensor_parallel} cards, and the target has {target.gpus}"
-    if target.kind != "cuda":
-        return f"vLLM is planned for CUDA cards only; the target's cards are {target.kind}"
-    if kv not in KV_TYPES:
-        return f"vLLM has no {kv} KV cache (it has {', '.join(KV_TYPES)})"
-    card = target.capability
-    stated = target.compute_capability or "not stated"
-    roads = [_DATA["roads"][name] for name in serve.experimental]
-    needed: dict[str, str] = _DATA["capability"]
-    for road in roads:
-        if "kv" in road and kv not in road["kv"]:
-            return f"the experimental road takes a KV cache of {', '.join(road['kv'])} only"
-    if spec.sparse_attention:
-        lowest = min([needed["sparse-attention"], *(road.get("sparse-attention", "99.0") for road in roads)], key=_key)
-        if card is None or card < _key(lowest):
-            return f"{needed['sparse-reason']}; the target's compute capability is {stated}"
-    minimum = _key(KV_TYPES[kv]["capability"])
-    if kv != "auto" and (card is None or card < minimum):
-        return f"an {kv} KV cache needs compute capability {KV_TYPES[kv]['capability']}; the target says {stated}"
-    wanted = needed[fmt.name if fmt.method == "plain" else fmt.method]
-    if card is not None and card < _key(wanted):
-        return f"{fmt.name} needs compute capability {wanted}; the target has {target.compute_capability}"
-    if fmt.method in _DATA["bits"] and fmt.bits not in _DATA["bits"][fmt.method]:
-        allowed = ", ".join(map(str, _DATA["bits"][fmt.method]))
-        return f"vLLM loads {fmt.method} with {allowed} bits, not {fmt.bits}"
-    return weights.misfit(fmt, spec)
-
-
-def fixed_experts(spec: ModelSpec) -> str | None:
-    """Why only the published expert count can be served, or None."""
-    reason: str | None = _DATA["fixed_experts"].get(spec.family)
-    return reason
-
-
-@lru_cache(maxsize=64)
-def _key(text: str) -> tuple[int, int]:
-    return data.capability(text) or (0, 0)
-
-
-class Layout(NamedTuple):
-    """Tensor, pipeline and expert parallel degrees; ``tp * pp`` cards are used, the rest stays idle."""
-
-    tp: int
-    pp: int
-    ep: int
-
-
-def layouts(target: Target, tensor_parallel: int | str = "auto") -> Iterator[Layout]:
-    """Every layout over at most all cards: more cards first, more tensor parallelism first; with a ``tensor_parallel``
-    degree only those."""
-    degrees = range(1, target.gpus + 1) if isinstance(tensor_parallel, str) else (tensor_parallel,)
-    pairs = [(tp, pp) for tp in degrees for pp in range(1, target.gpus // tp + 1)]
-    for tp, pp in sorted(pairs, key=lambda pair: (-pair[0] * pair[1], -pair[0])):
-        if target.nodes > 1 and tp > target.gpus // target.nodes:
-            continue
-        yield Layout(tp, pp, 1)
-        if tp > 1:
-            yield Layout(tp, pp, tp)
-
-
-def _kinds(spec: ModelSpec) -> list[LayerKind]:
-    return list({id(layer.kind): layer.kind for layer in spec.layers}.values())
-
-
-def layout_refusal(spec: ModelSpec, layout: Layout) -> str | None:
-    """Why the model's shapes do not divide over this layout, or None."""
-    tp, pp, ep = layout
-    if pp > spec.num_layers:
-        return f"{spec.num_layers} layers do not make {pp} pipeline stages"
-    if tp == 1:
-        return None
-    if spec.num_heads % tp:
-        return f"{spec.num_heads} attention heads do not divide over {tp} cards"
-    for kind in _kinds(spec):
-        for stream in kind.cache:
-            if stream.heads and stream.heads % tp and tp % stream.heads:
-                return f"{stream.heads} KV heads neither divide over {tp} cards nor are a divisor of {tp}"
-        if kind.state_heads and kind.state_heads % tp:
-            return f"{kind.state_heads} linear-attention heads do not divide over {tp} cards"
-        for group in kind.tensors:
-            if reason := _undivided(group, tp, ep):
-                return reason
-    return None
-
-
-def _undivided(group: TensorGroup, tp: int, ep: int) -> str | None:
-    for rows, columns in group.linears:
-        match group.parallel:
-            case "column" if rows % tp:
-                size = rows
-            case "row" if columns % tp:
-                size = columns
-            case "expert" if ep == 1 and rows % tp:
-                return f"experts of {rows} columns do not divide over {tp} cards"
-            case "expert_row" if ep == 1 and columns % tp:
-                return f"experts of {columns} columns do not divide over {tp} cards"
-            case _:
-                continue
-        return f"{group.name.removesuffix('.weight')}: {size} does not divide over {tp} cards"
-    return None
-
-
-def format_refusal(spec: ModelSpec, fmt: WeightFormat, layout: Layout) -> tuple[str | None, bool]:
-    """(why this layout cannot hold the format, whether it is served by the slow kernel)."""
-    if not fmt.quantized:
-        return None, False
-    tp, _, ep = layout
-    expert_tp = 1 if ep > 1 else tp
-    width = spec.expert_intermediate_size // expert_tp
-    slow = False
-    if fmt.method in ("gptq", "ct", "auto-round"):
-        marlin = _DATA["marlin"]
-        inner = max(64, fmt.group_size) if fmt.method == "auto-round" else fmt.group_size
-        hidden = {
-            columns for k in _kinds(spec) for g in k.tensors if g.parallel == "expert" for _, columns in g.linears
-        }
-        fits = width % inner == 0
-        if fmt.bits in marlin["bits"]:
-            fits = fits and all(size % marlin["hidden_multiple"] == 0 for size in hidden)
-            slow = not fits
-            if slow and (width % 32 or any(size % 32 for size in hidden)):
-                return _narrow(fmt, spec, width, expert_tp, 32), False
-        elif not fits:
-            return _narrow(fmt, spec, width, expert_tp, inner), False
-    elif fmt.method == "fp8-block" and width % weights.FP8_BLOCK:
-        return _narrow(fmt, spec, width, expert_tp, weights.FP8_BLOCK), False
-    elif fmt.method in ("nvfp4", "mxfp4") and width % fmt.group_size:
-        return _narrow(fmt, spec, width, expert_tp, fmt.group_size), False
-    if tp > 1 and not fmt.experts_only:
-        unit = weights.FP8_BLOCK if fmt.method == "fp8-block" else fmt.group_size
-        for kind in _kinds(spec):
-            for group in kind.tensors:
-                for rows, columns in group.linears if unit else ():
-                    size = columns // tp if group.parallel == "row" else 0
-                    if group.parallel == "column" and fmt.method == "fp8-block":
-                        size = rows // tp
-                    if size % unit:
-                        name = group.name.removesuffix(".weight")
-                        return f"{name}: {size} columns per card do not divide into groups of {unit}", False
-    return None, slow
-
-
-def _narrow(fmt: WeightFormat, spec: ModelSpec, width: int, tp: int, unit: int) -> str:
-    each = f"experts of {spec.expert_intermediate_size} columns leave {width} per card over {tp} cards, "
-    return each + f"which {fmt.name} cannot hold: multiples of {unit} are needed"
 
 
 def stage_layers(layers: int, stages: int) -> list[int]:
@@ -218,7 +53,7 @@ def activation_bytes(spec: ModelSpec, tp: int, sequences: int) -> int:
     hidden, top_k = spec.hidden_size, spec.top_k
     moe = top_k * (3 * spec.expert_intermediate_size // tp + 2 * hidden)
     widest = 0
-    for kind in _kinds(spec):
+    for kind in kinds_of(spec):
         split = [(g, rows) for g in kind.tensors if g.role in ("attention", "dense_mlp") for rows, _ in g.linears]
         widest = max(widest, sum(rows if g.parallel in ("replicate", "row") else ceil(rows / tp) for g, rows in split))
     return MAX_BATCHED_TOKENS * (6 * hidden + max(moe, 2 * widest)) * 2 + 2 * 4 * sequences * spec.vocab_size
@@ -319,7 +154,7 @@ class Layouts:
     def _layer_costs(self, tp: int, ep: int) -> list[_Cost]:
         key = (tp, 2 if ep > 1 else 1)
         if key not in self._costs:
-            per_kind = {id(kind): self._kind_cost(kind, tp, ep) for kind in _kinds(self.spec)}
+            per_kind = {id(kind): self._kind_cost(kind, tp, ep) for kind in kinds_of(self.spec)}
             self._costs[key] = [per_kind[id(layer.kind)] for layer in self.spec.layers]
         return self._costs[key]
 
@@ -428,7 +263,7 @@ class Layouts:
 
 
 def _copied_keys(fmt: WeightFormat, kind: LayerKind, tp: int, ep: int, kv_heads: int) -> int:
-    """Bytes of k_proj once more: where a layer has no v_proj (Gemma-4's full layers), vLLM loads K into V's rows too."""
+    """Bytes of k_proj once more: where a layer has no v_proj (Gemma-4's full ones), vLLM loads K into V's rows too."""
     names = {group.name: group for group in kind.tensors if group.parallel == "kv" and group.linears}
     key = next((group for name, group in names.items() if name.endswith("k_proj.weight")), None)
     if key is None or any(name.endswith("v_proj.weight") for name in names):

@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from reapc.arch import ModelSpec
-from reapc.engines import llamacpp, vllm
+from reapc.engines import llamacpp, vllm, vllm_rules
 from reapc.engines.cache import kv_kind
 from reapc.formats import gguf, gguf_sizes, weights
 from reapc.formats.gguf_types import TYPES
@@ -176,7 +176,7 @@ def _formulas(chosen: Candidate, question: Question) -> tuple[str, str, str, str
         overhead = "CUDA context, cuBLAS: llama.cpp's --fit-target default"
         ram = "llama-server itself (measured), its tokenizer (300 bytes a token); beside cards, CUDA's staging buffers"
         return kv, workspace, overhead, ram
-    size = vllm.KV_TYPES[chosen.kv_dtype]["bytes"]
+    size = vllm_rules.KV_TYPES[chosen.kv_dtype]["bytes"]
     kv = (
         f"{kind}: {chosen.context} tokens in blocks of {vllm.BLOCK_TOKENS}, * {chosen.concurrency} sequences, {size} "
         "bytes an element; KV heads are split over TP, latents are not"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from reapc.arch import ModelSpec
-from reapc.engines import llamacpp, vllm
+from reapc.engines import llamacpp, vllm, vllm_rules
 from reapc.errors import CannotBeDone
 from reapc.formats import weights
 from reapc.formats.gguf_types import DEFAULT_TYPES, TYPES
@@ -57,7 +57,7 @@ def quantization_loss(spec: ModelSpec, engine: EngineName, fmt: str, bits: float
 
 def kv_choices(engine: EngineName, requested: str) -> tuple[str, ...]:
     """Cache types of an engine that a request admits."""
-    return llamacpp.kv_choices(requested) if engine == "llama.cpp" else vllm.kv_choices(requested)
+    return llamacpp.kv_choices(requested) if engine == "llama.cpp" else vllm_rules.kv_choices(requested)
 
 
 def legal(question: Question, engine: EngineName, fmt: str, kv: str) -> str | None:
@@ -67,7 +67,7 @@ def legal(question: Question, engine: EngineName, fmt: str, kv: str) -> str | No
         return llamacpp.refusal(spec, fmt, target, serve, kv, question.imatrix)
     parsed = weights.parse(fmt)
     assert parsed is not None
-    return vllm.refusal(spec, parsed, target, serve, kv)
+    return vllm_rules.refusal(spec, parsed, target, serve, kv)
 
 
 def layouts_of(question: Question, engine: EngineName, fmt: str, kv: str) -> Layouts:
@@ -133,7 +133,7 @@ def search(question: Question, *, exhaustive: bool = True) -> Found:
     for engine, fmt in question.pairs:
         counts = question.counts
         if engine == "vllm" and counts != (question.spec.num_experts,):
-            reason = vllm.fixed_experts(question.spec)
+            reason = vllm_rules.fixed_experts(question.spec)
             if reason is not None:
                 if question.spec.num_experts not in counts:
                     found.refused.append(Refusal(engine=engine, format=fmt, reason=reason))
@@ -273,11 +273,13 @@ def nearest_fits(question: Question, best: list[Candidate]) -> Callable[[Questio
     """A test whether the first of ``best`` fits in a changed question, at the fewest experts that it allows."""
 
     def fits(changed: Question) -> bool:
-        return any(
-            layouts_of(changed, item.engine, item.format, item.kv_dtype).fits(min(changed.counts))
-            for item in best
-            if not (item.engine == "vllm" and vllm.fixed_experts(changed.spec) and changed.counts != question.counts)
-        )
+        for item in best:
+            recounted = changed.counts != question.counts
+            if item.engine == "vllm" and recounted and vllm_rules.fixed_experts(changed.spec):
+                continue
+            if layouts_of(changed, item.engine, item.format, item.kv_dtype).fits(min(changed.counts)):
+                return True
+        return False
 
     return fits
 
