@@ -41,7 +41,7 @@ def measure(model: Path, context: int, slots: int, kv: str) -> Allocation:
         str(tool), "-m", str(model), "-c", str(context * slots), "-np", str(slots), "-ctk", kv, "-ctv", kv,
         "-fa", "on", "-b", "2048", "-ub", "512", "-nr", "-fitp", "on",
     ]  # fmt: skip
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(tool.parent)}
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tool.parent), "GGML_NO_BACKTRACE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("Host ")]
     assert len(rows) == 1, (done.stdout + done.stderr)[-2000:]
@@ -71,6 +71,8 @@ def published(name: str, spec: ModelSpec) -> dict[str, Any]:
                 "model_type": "step3p5_published", "architectures": ["Step3p5ForCausalLM"],
                 "num_attention_groups": spec.num_kv_heads, "moe_num_experts": spec.num_experts,
                 "moe_top_k": spec.top_k,
+                # 96 heads on sliding layers, as llama.cpp's loader wants them and as the published config says
+                "attention_other_setting": {"num_attention_heads": 96, "num_attention_groups": spec.num_kv_heads},
                 "partial_rotary_factors": [1.0 if kind == "sliding_attention" else 0.5 for kind in types],
             }  # fmt: skip
     return config

@@ -54,11 +54,11 @@ def test_parameters_equal_transformers(name: str) -> None:
     assert spec.active_parameters == sum(counts.values()) - counts["expert"] + chosen - embedding
 
 
-# In billions, as the model cards say: total, active, and what their rounding and way of counting allow. Step's card
-# counts one MTP layer with the total (196B + 0.81B); DeepSeek's total has the MTP layer.
+# In billions, as the model cards say: total, active, and what their rounding and way of counting allow (MTP and vision
+# in or out, the head in or out). The exact checks are those against transformers and the published headers.
 CARDS = {
     "gemma-4-26B-A4B": (25.2, 3.8, 0.06), "Step-3.7-Flash": (196.9, 11.4, 0.1), "MiMo-V2-Flash": (309, 15, 0.3),
-    "DeepSeek-V4-Flash": (284, 13, 0.4), "DeepSeek-V4-Pro": (1573, 49, 0.5), "MiniMax-M3": (426.2, 24.7, 0.1),
+    "DeepSeek-V4-Flash": (284, 13, 0.4), "DeepSeek-V4-Pro": (1600, 49, 30), "MiniMax-M3": (428, 23, 2),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -278,3 +279,58 @@ def test_no_hub_at_all(hub: Hub, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-2].startswith(f"ReapcError 2: model.source = '{NAME}'")
     assert "Traceback" not in done.stderr
+
+
+def test_inspect_asks_for_the_config_alone(hub: Hub, tmp_path: Path) -> None:
+    done = run(hub, tmp_path, "-m", "reapc", "inspect", NAME, "--revision", "v1.0", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["model"], found["experts"]["count"]) == (NAME, 12)
+    assert {path for _, path, _ in hub.asked} == {f"/{NAME}/resolve/v1.0/config.json"}
+    assert hub.got() == ["config.json"]
+    hub.shutdown()
+    hub.server_close()
+    again = run(hub, tmp_path, "-m", "reapc", "inspect", NAME, "--revision", "v1.0", "--json")
+    assert (again.returncode, again.stdout) == (0, done.stdout)  # from the cache
+
+
+@pytest.mark.parametrize("source", ["zai-org/GLM-5", "glm-5", "ZAI-ORG/glm-5"])
+def test_names_of_the_catalogue_need_no_hub(hub: Hub, tmp_path: Path, source: str) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(PLAN.replace("4GB", "2000GB"))
+    for command in (["plan", str(recipe), "--set", f"model.source={source}"], ["inspect", source]):
+        done = run(hub, tmp_path / "home", "-m", "reapc", *command, "--json")
+        assert done.returncode == 0, done.stderr
+        assert "753864139008" in done.stdout or command[0] == "plan"
+    assert hub.asked == []
+
+
+def test_a_revision_is_always_the_hubs(hub: Hub, tmp_path: Path) -> None:
+    done = run(hub, tmp_path, "-m", "reapc", "inspect", "glm-5", "--revision", "v1")
+    assert done.returncode == 2
+    assert {path for _, path, _ in hub.asked} == {"/zai-org/GLM-5/resolve/v1/config.json"}
+
+
+def test_fetch_takes_the_full_name_of_a_part(hub: Hub, tmp_path: Path) -> None:
+    done = run(hub, tmp_path, "-c", FETCH, "kimi-linear", "")
+    assert "ReapcError 2: model.source = 'moonshotai/Kimi-Linear-48B-A3B-Instruct'" in done.stderr
+    assert {path for _, path, _ in hub.asked} == {"/api/models/moonshotai/Kimi-Linear-48B-A3B-Instruct/revision/main"}
+
+
+def test_a_hub_id_is_no_part_of_another(hub: Hub, tmp_path: Path) -> None:
+    """The catalogue has deepseek-ai/DeepSeek-V2-Lite-Chat, which DeepSeek-V2 is not."""
+    done = run(hub, tmp_path, "-m", "reapc", "inspect", "deepseek-ai/DeepSeek-V2")
+    assert done.returncode == 2
+    assert "/deepseek-ai/DeepSeek-V2/resolve/main/config.json" in {path for _, path, _ in hub.asked}
+    assert "did you mean" in done.stderr
+
+
+def test_a_hub_that_is_away_is_said_at_once(hub: Hub, tmp_path: Path) -> None:
+    hub.shutdown()
+    hub.server_close()
+    start = time.monotonic()
+    done = run(hub, tmp_path, "-m", "reapc", "inspect", "zai-org/GLM-5x")
+    assert time.monotonic() - start < 10
+    assert (done.returncode, "Retrying" in done.stderr) == (2, False)
+    assert done.stderr.startswith("error: model = 'zai-org/GLM-5x' (revision main)")
+    assert "did you mean zai-org/GLM-5" in done.stderr

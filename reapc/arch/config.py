@@ -142,6 +142,12 @@ def check_moe(spec: ModelSpec, where: str) -> None:
             f"{where}: num_experts_per_tok = {spec.top_k} with {spec.num_experts} experts: 1 to "
             f"{spec.num_experts} expected"
         )
+    for what, value in (
+        ("num_key_value_heads", spec.num_kv_heads), ("head_dim", spec.head_dim), ("n_group", spec.n_group),
+        ("topk_group", spec.topk_group), ("max_position_embeddings", spec.max_context),
+    ):  # fmt: skip
+        if value < 1:
+            raise ReapcError(f"{where}: {what} = {value}: at least 1 expected")
     if spec.n_group > 1 and spec.num_experts % spec.n_group:
         raise ReapcError(f"{where}: {spec.num_experts} experts do not divide into n_group = {spec.n_group} groups")
     if spec.num_heads % spec.num_kv_heads:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from reapc.arch import parts
-from reapc.arch.gqa_family import decoder, rope_freqs
+from reapc.arch.gqa_family import decoder
 from reapc.arch.spec import ModelSpec
 
 MODEL_TYPES = ("granitemoe",)
@@ -29,5 +29,4 @@ def build(config: dict[str, Any], where: str) -> ModelSpec:
         kinds=[d.layer(d.attention(bias=d.flag("attention_bias", False)), moe)] * d.count,
         width=width,
         gguf_arch="granitemoe",
-        gguf_extra=rope_freqs(d),
     )

@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from reapc.errors import ReapcError
+_BESIDE = {
+    "total": "total",
+    "active": "active per token",
+    "mtp": "MTP, beside it",
+    "vision": "vision, beside it",
+    "on_disk": "on disk",
+}
 
 
 @click.command("inspect")
@@ -32,78 +38,79 @@ def command(
     """Shows parameters, experts, bytes and KV cache of MODEL: a name of the catalogue, a folder, a config.json, a hub
     id or a .gguf file."""
     from reapc.checkpoint.source import find_model
-    from reapc.inspection import KV_BYTES, Wanted, inspect
+    from reapc.inspection import Wanted, inspect, inspect_gguf
 
     found = find_model(model, revision)
-    note = ""
+    wanted = Wanted(experts, fmt, mtp == "keep", kv_dtype, context)
     if found.gguf is not None:
-        from reapc.checkpoint.gguf_model import inspect_gguf
-
-        if experts is not None or fmt is not None:
-            raise ReapcError(
-                f"{model}: --experts and --format need a checkpoint; a GGUF file is shown as it is",
-                hint="name the model that it was made of",
-            )
-        data = inspect_gguf(found.gguf, KV_BYTES[kv_dtype], context, kv_dtype)
+        data = inspect_gguf(found.gguf, wanted)
     else:
         from reapc.arch import model_spec
 
-        assert found.config is not None
-        spec = model_spec(found.config, found.where)
-        data = inspect(found.name, spec, Wanted(experts, fmt, mtp == "keep", kv_dtype, context))
-        note = str(found.config.get("_confidence", ""))
+        config = found.config or {}
+        data = inspect(found.name, model_spec(config, found.where), wanted)
+        if found.catalogue:
+            data["source"] = {"confidence": config.get("_confidence"), "copied_from": config.get("_source")}
     if as_json:
         click.echo(json.dumps(data, indent=2))
-        return
-    _show(data, note)
+    else:
+        _show(data)
 
 
-def _show(data: dict[str, Any], note: str) -> None:
+def _show(data: dict[str, Any]) -> None:
     from rich.text import Text
 
     from reapc.cli import tables
 
     console = tables.console()
-    counts, experts, weights, kv = data["parameters"], data["experts"], data["weights"], data["kv"]
-    heading = f"{data['model']} ({data['family']}, {data['layers']} layers)"
-    made = tables.table(heading, ("part", "parameters", "share"), ("parameters", "share"))
+    counts = data["parameters"]
+    console.print(Text(f"{data['model']} ({data['family']}, {data['layers']} layers)"))
+    made = tables.table("", ("part", "parameters", "share"), ("parameters", "share"))
     for name, value in counts.items():
-        if name in ("total", "active", "mtp", "vision", "on_disk") or not value:
-            continue
-        made.add_row(name.replace("_", " "), f"{value:,}", f"{value / counts['total']:.1%}")
+        if name not in _BESIDE and value:
+            made.add_row(name.replace("_", " "), f"{value:,}", f"{value / counts['total']:.1%}")
     made.add_section()
-    for name, label in (
-        ("total", "total"), ("active", "active per token"), ("mtp", "MTP, beside it"), ("vision", "vision, beside it"),
-        ("on_disk", "on disk"),
-    ):  # fmt: skip
+    for name, label in _BESIDE.items():
         if counts[name]:
             made.add_row(label, f"{counts[name]:,}", f"{counts[name] / counts['total']:.1%}")
     console.print(made)
+    below = tables.table("", ("", ""))
+    below.show_header = False
+    for name, text in _rows(data):
+        below.add_row(name, Text(text))
+    console.print(below)
+
+
+def _rows(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """Experts, weights, KV cache, and where the numbers come from."""
+    from reapc.units import format_bytes
+
+    experts, weights, kv = data["experts"], data["weights"], data["kv"]
     kept = f"{experts['kept']} of {experts['count']}" if experts["kept"] != experts["count"] else f"{experts['count']}"
+    groups = f", {experts['groups']} groups" if experts["groups"] > 1 else ""
+    vision = f", {format_bytes(weights['vision_bytes'])} of them vision" if weights["vision_bytes"] else ""
     rows = [
-        ("experts", f"{kept} in {experts['moe_layers']} layers, top-{experts['top_k']}, {experts['shared']} shared"),
+        (
+            "experts",
+            f"{kept} in {experts['moe_layers']} layers, top-{experts['top_k']}, {experts['shared']} shared{groups}",
+        ),
         (
             "weights",
-            f"{tables.format_bytes(weights['bytes'])} ({weights['bytes']:,} bytes) as {weights['format']}, "
-            f"{weights['bits_per_weight']:.2f} bits per weight",
+            f"{format_bytes(weights['bytes'])} ({weights['bytes']:,} bytes) as {weights['format']}, "
+            f"{weights['bits_per_weight']:.2f} bits per weight{vision}",
         ),
     ]
-    if kv["bytes_per_token"] is None:
-        rows.append(("KV cache", kv["note"]))
-    else:
+    if kv["bytes"] is not None:
         rows.append(
             (
                 "KV cache",
                 f"{kv['kind']}, {kv['dtype']}: {kv['bytes_per_token']:,} bytes a token, "
-                f"{tables.format_bytes(kv['bytes'])} at {kv['context']:,} tokens",
+                f"{format_bytes(kv['bytes'])} at {kv['context']:,} tokens (of {data['max_context']:,})",
             )
         )
         if kv["state_bytes_per_sequence"]:
-            rows.append(("state", f"{tables.format_bytes(kv['state_bytes_per_sequence'])} per sequence"))
-    if note:
-        rows.append(("config", f"catalogue, {note}"))
-    below = tables.table("", ("", ""))
-    below.show_header = False
-    for name, text in rows:
-        below.add_row(name, Text(text))
-    console.print(below)
+            rows.append(("state", f"{format_bytes(kv['state_bytes_per_sequence'])} per sequence"))
+    rows += [("note", note) for note in data["notes"]]
+    if source := data.get("source"):
+        rows.append(("config", f"catalogue: {source['confidence']}; {source['copied_from']}"))
+    return rows

@@ -5,11 +5,23 @@ Read in llama.cpp 0c1e57098 (facts/llamacpp-memory.md) and checked with llama-se
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from reapc.arch import LayerKind, ModelSpec
 from reapc.engines import data
+from reapc.engines.llamacpp_memory import (
+    KV_TYPES,
+    MICRO_BATCH_TOKENS,
+    cache_refusal,
+    kv_layer_bytes,
+    layer_workspace_bytes,
+    padded_context,
+    scratch_elements,
+    state_layer_bytes,
+    workspace_bytes,
+)
 from reapc.engines.render import render
 from reapc.formats import gguf
 from reapc.formats.gguf_sizes import sizes
@@ -20,11 +32,10 @@ from reapc.target import Target
 NAME = "llama.cpp"
 MIB = 2**20
 _DATA = data.load("llamacpp")
+NO_WINDOW = frozenset(_DATA["refused"]["no_window"])
 NO_TENSOR_SPLIT = frozenset(_DATA["refused"]["split_tensor"])
 _MEMORY: dict[str, int] = _DATA["memory"]
-KV_TYPES: dict[str, dict[str, int]] = _DATA["kv"]
-MICRO_BATCH_TOKENS, BATCH_TOKENS = _MEMORY["micro_batch_tokens"], _MEMORY["batch_tokens"]
-STATE_ELEMENT_BYTES = 4  # conv and recurrent state are F32
+BATCH_TOKENS = _MEMORY["batch_tokens"]
 
 
 def kv_type(requested: str) -> str:
@@ -35,12 +46,6 @@ def kv_type(requested: str) -> str:
 def kv_choices(requested: str) -> tuple[str, ...]:
     """Cache types to try, best first: "auto" admits quantized ones."""
     return ("f16", "q8_0", "q4_0") if requested == "auto" else (kv_type(requested),)
-
-
-def padded_context(context: int) -> int:
-    """Tokens of one slot: llama.cpp rounds up to 256."""
-    pad = _MEMORY["context_pad_tokens"]
-    return -(-context // pad) * pad
 
 
 def refusal(spec: ModelSpec, fmt: str, target: Target, serve: ServeSection, kv: str, imatrix: bool) -> str | None:
@@ -55,14 +60,8 @@ def refusal(spec: ModelSpec, fmt: str, target: Target, serve: ServeSection, kv: 
         return "llama.cpp's converter does not know dense layers in this family, and the model has some"
     if spec.gguf_arch == "qwen3moe" and not spec.norm_topk:
         return "llama.cpp renormalizes the top-k gate weights of this family; this model has norm_topk_prob = false"
-    if kv not in KV_TYPES:
-        return f"llama.cpp has no {kv} KV cache (it has {', '.join(KV_TYPES)})"
-    if (block := KV_TYPES[kv]["block"]) > 1:
-        for layer in spec.layers:
-            for stream in layer.kind.cache:
-                heads = max(1, stream.heads)
-                if stream.k_elements // heads % block or stream.v_elements // heads % block:
-                    return f"a {kv} KV cache needs head sizes that are multiples of {block}; this model has others"
+    if reason := cache_refusal(spec, kv, serve.concurrency):
+        return reason
     if fmt in gguf.NEEDS_IMATRIX and not imatrix:
         return f"{fmt} needs an importance matrix and the recipe says quantize.imatrix = false"
     if target.nodes > 1:
@@ -70,52 +69,9 @@ def refusal(spec: ModelSpec, fmt: str, target: Target, serve: ServeSection, kv: 
     return None
 
 
-def cache_entries(window: int | None, stride: int, context: int) -> int:
-    """Cells of one slot: the padded context, or on sliding layers the window and a micro-batch, padded."""
-    cells = padded_context(context)
-    if window is not None:
-        cells = min(cells, padded_context(window + MICRO_BATCH_TOKENS))
-    return -(-cells // stride)
-
-
-def kv_layer_bytes(kind: LayerKind, context: int, concurrency: int, kv: str) -> int:
-    """KV cache of one layer over all slots, exact."""
-    block, size = KV_TYPES[kv]["block"], KV_TYPES[kv]["bytes"]
-    return sum(
-        cache_entries(stream.window, stream.stride, context) * concurrency * (stream.elements // block * size)
-        for stream in kind.cache
-    )
-
-
-def _scratch_elements(spec: ModelSpec) -> int:
-    """Float32 activations of one token that are alive at once: the widest of experts, attention and dense MLP."""
-    hidden, top_k = spec.hidden_size, spec.top_k
-    experts = 2 * hidden * top_k + 3 * spec.expert_intermediate_size * top_k + hidden
-    attention = 3 * hidden + 2 * spec.num_heads * spec.head_dim
-    widest = 0
-    for kind in {id(layer.kind): layer.kind for layer in spec.layers}.values():
-        latent = max((s.k_elements for s in kind.cache if s.kind == "latent"), default=0)
-        if latent:  # the absorbed queries, and the attended latents before they are expanded
-            widest = max(widest, 3 * hidden + spec.num_heads * (spec.head_dim + 2 * latent))
-        # inputs and outputs of the layer's widest linears (linear attention's fused projections, a dense MLP)
-        out = sum(rows for g in kind.tensors if g.role in ("attention", "dense_mlp") for rows, _ in g.linears)
-        widest = max(widest, hidden + 2 * out)
-    return max(experts, attention, widest)
-
-
-def workspace_bytes(spec: ModelSpec, context: int, *, output: bool, copies: int = 1) -> int:
-    """Compute buffer of one device: an upper bound, from the shapes.
-
-    The attention mask in f16 over one slot (``copies`` of it when cards work as a pipeline), a sparse indexer's scores
-    and mask in f32, and the float32 activations of one micro-batch; on the device with the ``output`` matrix the
-    logits of a micro-batch as well.
-    """
-    cells = padded_context(context)
-    mask = cells * MICRO_BATCH_TOKENS * 2 * copies
-    if any(stream.kind == "index" for layer in spec.layers for stream in layer.kind.cache):
-        mask += 2 * cells * MICRO_BATCH_TOKENS * 4
-    logits = spec.vocab_size * MICRO_BATCH_TOKENS * 4 if output else 0
-    return mask + max(_scratch_elements(spec) * 4 * MICRO_BATCH_TOKENS, logits)
+def _without_window(kind: LayerKind) -> LayerKind:
+    """The layer with a full cache: these architectures' loaders read no sliding window."""
+    return replace(kind, cache=tuple(replace(stream, window=None) for stream in kind.cache))
 
 
 class Layouts:
@@ -126,12 +82,15 @@ class Layouts:
         self.sizes = sizes(spec, fmt, imatrix)
         per_kind: dict[int, tuple[int, int]] = {}
         for layer in spec.layers:
-            kind = layer.kind
-            if id(kind) not in per_kind:
-                state = STATE_ELEMENT_BYTES * (kind.conv_elements + kind.recurrent_elements) * serve.concurrency
-                per_kind[id(kind)] = (kv_layer_bytes(kind, serve.context, serve.concurrency, kv), state)
+            kind = _without_window(layer.kind) if spec.gguf_arch in NO_WINDOW else layer.kind
+            if id(layer.kind) not in per_kind:
+                per_kind[id(layer.kind)] = (
+                    kv_layer_bytes(kind, serve.context, serve.concurrency, kv),
+                    state_layer_bytes(kind, serve.concurrency),
+                )
         self.kv_bytes = [per_kind[id(layer.kind)][0] for layer in spec.layers]
         self.state_bytes = [per_kind[id(layer.kind)][1] for layer in spec.layers]
+        self.layer_workspace = layer_workspace_bytes(spec, serve.context, serve.concurrency)
         # an offloading server stages one layer's experts on the card while it reads a prompt
         self.host_overhead = _MEMORY["server_base"] + _MEMORY["tokenizer_bytes_per_token"] * spec.vocab_size
 
@@ -199,9 +158,9 @@ class Layouts:
     def _workspaces(self, cards: int, staged: int) -> tuple[int, int]:
         """Workspace of a card, and of the one with the output matrix."""
         copies = 4 if cards > 1 and not staged else 1  # pipeline parallelism is off with tensor overrides
-        context = self.serve.context
-        plain = workspace_bytes(self.spec, context, output=False, copies=copies) + staged
-        return plain, workspace_bytes(self.spec, context, output=True, copies=copies) + staged
+        context, slots = self.serve.context, self.serve.concurrency
+        plain = workspace_bytes(self.spec, context, output=False, copies=copies, concurrency=slots) + staged
+        return plain, workspace_bytes(self.spec, context, output=True, copies=copies, concurrency=slots) + staged
 
     def _output_bytes(self) -> int:
         """Weights outside the layers that lie on the last card; a tied output matrix is a second copy there."""
@@ -216,7 +175,11 @@ class Layouts:
         plain, output = self._workspaces(cards, staged)
         overhead = _MEMORY["gpu_overhead"] + (self.host_overhead if self.target.unified else 0)
         costs = [
-            total - (routed if index < offloaded else 0) + self.kv_bytes[index] + self.state_bytes[index]
+            total
+            - (routed if index < offloaded else 0)
+            + self.kv_bytes[index]
+            + self.state_bytes[index]
+            + self.layer_workspace[index]
             for index, (total, routed) in enumerate(layers)
         ]
         return costs, self.target.vram - overhead - plain, self._output_bytes() + output - plain
@@ -244,7 +207,7 @@ class Layouts:
                     weights_bytes=weights + (self._output_bytes() if is_last else 0),
                     kv_bytes=sum(self.kv_bytes[i] for i in stage),
                     state_bytes=sum(self.state_bytes[i] for i in stage),
-                    workspace_bytes=output if is_last else plain,
+                    workspace_bytes=(output if is_last else plain) + sum(self.layer_workspace[i] for i in stage),
                     overhead_bytes=overhead,
                 )
             )
@@ -262,7 +225,7 @@ class Layouts:
         weights = self.sizes.embedding_bytes + experts
         workspace = BATCH_TOKENS * self.spec.hidden_size * 4
         if experts:
-            workspace += _scratch_elements(self.spec) * 4 * MICRO_BATCH_TOKENS
+            workspace += scratch_elements(self.spec) * 4 * MICRO_BATCH_TOKENS
         overhead = self.host_overhead + _MEMORY["gpu_overhead"]
         given = bool(self.target.ram)
         return DeviceBytes(
@@ -297,7 +260,8 @@ class Layouts:
             weights_bytes=sum(total for total, _ in layers) + self.sizes.embedding_bytes + self.sizes.output_bytes,
             kv_bytes=sum(self.kv_bytes),
             state_bytes=sum(self.state_bytes),
-            workspace_bytes=workspace_bytes(self.spec, self.serve.context, output=True),
+            workspace_bytes=sum(self.layer_workspace)
+            + workspace_bytes(self.spec, self.serve.context, output=True, concurrency=self.serve.concurrency),
             overhead_bytes=self.host_overhead,
         )
         idle = [DeviceBytes(name=d.name, capacity_bytes=target.vram) for d in target.devices] if target.gpus else []

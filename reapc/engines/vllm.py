@@ -26,6 +26,7 @@ MIB = 2**20
 _MEMORY = DATA["memory"]
 BLOCK_TOKENS: int = _MEMORY["block_tokens"]
 MAX_BATCHED_TOKENS: int = _MEMORY["max_batched_tokens"]
+FLOAT32_ROUTER = frozenset(DATA["float32_router"]["families"])
 GPU_MEMORY_UTILIZATION: float = _MEMORY["utilization"]
 SLOW = "slow: the generic moe_wna16 kernel, Marlin refuses this group"
 
@@ -135,7 +136,8 @@ class Layouts:
             if group.role == "expert":
                 unit += held.per_expert
             else:
-                replicated += held.per_expert
+                wide = group.role == "router" and not group.dtype and self.spec.family in FLOAT32_ROUTER
+                replicated += held.per_expert * (2 if wide else 1)
         fixed += _copied_keys(self.fmt, kind, tp, ep, _kv_heads(kind, self.spec))
         size = KV_TYPES[self.kv]["bytes"]
         tokens = 0

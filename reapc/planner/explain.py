@@ -170,7 +170,8 @@ def _formulas(chosen: Candidate, question: Question) -> tuple[str, str, str, str
             f"{entry['bytes']} bytes, over the device's layers"
         )
         workspace = (
-            f"attention mask, activations of {llamacpp.MICRO_BATCH_TOKENS} tokens; logits (vocabulary "
+            f"attention masks (a sparse indexer's scores and choices too), activations of "
+            f"{llamacpp.MICRO_BATCH_TOKENS} tokens; logits (vocabulary "
             f"{spec.vocab_size} * {llamacpp.MICRO_BATCH_TOKENS} * 4) on the output device: an upper bound"
         )
         overhead = "CUDA context, cuBLAS: llama.cpp's --fit-target default"

@@ -12,6 +12,7 @@ from reapc.arch import ModelSpec
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.formats import weights
 from reapc.formats.gguf_types import DEFAULT_TYPES
+from reapc.formats.published import published_format
 from reapc.plan import EngineName
 from reapc.planner import prior
 from reapc.recipe import Recipe, ServeSection
@@ -106,11 +107,15 @@ def kept_counts(
         counts: Sequence[int] = (kept,)
     else:
         counts = range(total, max(top_k, total - floor_count(total * max_ratio)) - 1, -1)
-    grouped = tuple(kept for kept in counts if kept % spec.n_group == 0 and kept // spec.n_group >= 1)
+    # with groups a token sees only the experts of the groups chosen for it: those must be at least top-k
+    grouped = tuple(
+        kept for kept in counts if kept % spec.n_group == 0 and kept // spec.n_group * spec.topk_group >= top_k
+    )
     if not grouped:
         raise ReapcError(
-            f"{counts[0]} experts do not divide into the router's {spec.n_group} groups",
-            hint=f"a multiple of {spec.n_group} is needed",
+            f"{counts[0]} experts do not divide into the router's {spec.n_group} groups, or {spec.topk_group} of them "
+            f"hold fewer than the {top_k} experts that a token needs",
+            hint=f"a multiple of {spec.n_group} is needed, at least {-(-top_k // spec.topk_group) * spec.n_group}",
         )
     # llama-quantize would take a model pruned to 8 for Mixtral; only an explicit request gets it
     if len(grouped) > 1 and total != MIXTRAL_EXPERTS:
@@ -119,22 +124,20 @@ def kept_counts(
 
 
 def native_format(spec: ModelSpec) -> str | None:
-    """The format that the checkpoint is published in, where it is one of ours: it costs nothing to keep."""
-    published = spec.quantization or {}
-    match published.get("quant_method"):
-        case "fp8":
-            return "fp8-block" if published.get("weight_block_size") else "fp8"
-        case "mxfp4":
-            return "mxfp4:experts"
-    return None
+    """The format that the checkpoint is published in, where it is quantized: it costs nothing to keep."""
+    name = published_format(spec) if spec.quantization else None
+    return None if name in ("bf16", "fp16") else name
 
 
 def auto_pairs(spec: ModelSpec, engine: str = "auto", buildable: bool = False) -> tuple[tuple[EngineName, str], ...]:
     """Every engine and format that is tried when nothing is fixed."""
     pairs: list[tuple[EngineName, str]] = [("vllm", name) for name in VLLM_AUTO]
     pairs += [("llama.cpp", name) for name in GGUF_AUTO]
-    if native_format(spec) == "mxfp4:experts":
-        pairs = [("vllm", "mxfp4:experts"), *pairs, ("llama.cpp", "MXFP4_MOE")]
+    native = native_format(spec)
+    if native is not None and native not in VLLM_AUTO:
+        pairs = [("vllm", native), *pairs]
+    if native == "mxfp4:experts":
+        pairs.append(("llama.cpp", "MXFP4_MOE"))
     return tuple(pair for pair in pairs if engine in ("auto", pair[0]) and (not buildable or pair[1] in BUILDABLE))
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import inf
 
 from reapc.arch import ModelSpec
 from reapc.engines import llamacpp, vllm, vllm_rules
 from reapc.errors import CannotBeDone
 from reapc.formats import weights
+from reapc.formats.gguf_sizes import sizes as sizes_of
 from reapc.formats.gguf_types import DEFAULT_TYPES, TYPES
 from reapc.plan import Candidate, EngineName, Plan, Refusal
 from reapc.planner import prior
@@ -126,26 +128,30 @@ def candidate(question: Question, engine: EngineName, fmt: str, kv: str, sizes: 
 
 
 def search(question: Question, *, exhaustive: bool = True) -> Found:
-    """Every legal combination of ``question``. Not ``exhaustive``: stops at a configuration that loses nothing, and
-    does not size what cannot fit (``smallest`` then holds only what was sized)."""
+    """Every legal combination of ``question``. Not ``exhaustive``: formats in the order of their own loss, without
+    sizing what cannot fit, nor what would lose more than the best found even with every expert (``smallest`` then holds
+    only what was sized)."""
     found = Found([], [], [])
     total = sum(device.capacity_bytes for device in question.target.devices) + question.target.ram
-    for engine, fmt in question.pairs:
+    fixed = vllm_rules.fixed_experts(question.spec)
+    whole = (question.spec.num_experts,)
+    best = inf
+    for bound, engine, fmt in _in_order(question, exhaustive):
         counts = question.counts
-        if engine == "vllm" and counts != (question.spec.num_experts,):
-            reason = vllm_rules.fixed_experts(question.spec)
-            if reason is not None:
-                if question.spec.num_experts not in counts:
-                    found.refused.append(Refusal(engine=engine, format=fmt, reason=reason))
-                    continue
-                counts = (question.spec.num_experts,)
+        if engine == "vllm" and fixed is not None and counts != whole:
+            if whole[0] not in counts:
+                found.refused.append(Refusal(engine=engine, format=fmt, reason=fixed))
+                continue
+            counts = whole
         for kv in kv_choices(engine, question.serve.kv_cache):
             reason = legal(question, engine, fmt, kv)
             if reason is None and not exhaustive and (least := least_bytes(question, engine, fmt)) > total:
                 reason = (
-                    f"with {min(counts)} of {question.spec.num_experts} experts, the fewest allowed, the experts alone "
-                    f"need {format_bytes(least)}, and all memory is {format_bytes(total)}"
+                    f"with {min(counts)} of {whole[0]} experts, the fewest allowed, the experts alone need "
+                    f"{format_bytes(least)}, and all memory is {format_bytes(total)}"
                 )
+            if reason is None and bound > best:
+                continue
             sizes = None if reason else layouts_of(question, engine, fmt, kv)
             if isinstance(sizes, vllm.Layouts):
                 reason = sizes.refusal
@@ -160,10 +166,34 @@ def search(question: Question, *, exhaustive: bool = True) -> Found:
                 found.refused.append(Refusal(engine=engine, format=fmt, experts=counts[-1], reason=lack))
                 continue
             for count in {kept, _fused(question.spec, engine, counts, kept)}:
-                found.fitting.append(candidate(question, engine, fmt, kv, sizes, count))
-            if not exhaustive and found.fitting[-1].predicted_loss == 0:
+                item = candidate(question, engine, fmt, kv, sizes, count)
+                found.fitting.append(item)
+                best = min(best, item.predicted_loss) if not exhaustive else best
+            if best == 0:
                 return found
     return found
+
+
+def _in_order(question: Question, exhaustive: bool) -> list[tuple[float, EngineName, str]]:
+    """The engines and formats to try, each with the loss that it has with every expert; the least first unless all are
+    tried anyway. A format that the model's shapes do not admit gets no loss: it is refused when its turn comes."""
+    if exhaustive:
+        return [(0.0, engine, fmt) for engine, fmt in question.pairs]
+    spec, found = question.spec, []
+    for engine, fmt in question.pairs:
+        bits = _bits(spec, engine, fmt, question.imatrix)
+        found.append((0.0 if bits is None else quantization_loss(spec, engine, fmt, bits), engine, fmt))
+    return sorted(found, key=lambda row: row[0])
+
+
+def _bits(spec: ModelSpec, engine: EngineName, fmt: str, imatrix: bool) -> float | None:
+    """Mean bits per expert weight of a format, None where the model cannot be stored in it."""
+    if engine == "llama.cpp":
+        return sizes_of(spec, fmt, imatrix).expert_bits if spec.gguf_arch else None
+    parsed = weights.parse(fmt)
+    if parsed is None or weights.misfit(parsed, spec):
+        return None
+    return weights.expert_bits(parsed, spec)
 
 
 def rank(candidates: list[Candidate]) -> list[Candidate]:
