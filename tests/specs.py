@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +28,16 @@ def qwen30b() -> ModelSpec:
 
 def recipe_of(target: Any, **sections: Any) -> Recipe:
     return make_recipe({"model": {"source": "some/model"}, "target": target, **sections}, Path("recipe.toml"))
+
+
+def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """The config with the key (dotted where nested) set, or removed where the value is None."""
+    config = deepcopy(config)
+    *parents, last = key.split(".")
+    inner = config
+    for parent in parents:
+        inner = inner[parent]
+    inner.pop(last, None)
+    if value is not None:
+        inner[last] = value
+    return config

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hybrid_models import KIMI3, LINEAR, NEMOTRON, NEXT, QWEN5, TINY, Shapes
 from safetensors.torch import load_file, save_file
+from specs import changed
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from reapc.arch import ModelSpec, known, model_spec
@@ -257,19 +258,6 @@ def test_what_vllm_keeps_whole_on_every_rank(name: str, replicated: set[str]) ->
     rows = ("o_proj.weight", "out_proj.weight", "down_proj.weight")
     row_names = {n for n, group in groups.items() if group.parallel == "row"}
     assert row_names == {n for n, g in groups.items() if n.endswith(rows) and g.role != "expert"}
-
-
-def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """The config with the key (dotted where nested) set, or removed where the value is None."""
-    config = deepcopy(config)
-    *parents, last = key.split(".")
-    inner = config
-    for parent in parents:
-        inner = inner[parent]
-    inner.pop(last, None)
-    if value is not None:
-        inner[last] = value
-    return config
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from mla_models import gguf_parts, header
 from multimodal_models import GPT_OSS, MAVERICK, QWEN3_VL, TINY, is_vision, run_converter, save
+from specs import changed
 
 from reapc.arch import ModelSpec, known, model_spec
 from reapc.errors import ReapcError
@@ -187,19 +188,6 @@ def test_pruning_drops_every_row_of_an_expert(name: str) -> None:
 
 
 # --- broken configs -------------------------------------------------------------------------------------------------
-
-
-def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """The config with the key (dotted where nested) set, or removed where the value is None."""
-    config = deepcopy(config)
-    *parents, last = key.split(".")
-    inner = config
-    for parent in parents:
-        inner = inner[parent]
-    inner.pop(last, None)
-    if value is not None:
-        inner[last] = value
-    return config
 
 
 @pytest.mark.parametrize(

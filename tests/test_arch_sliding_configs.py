@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import pytest
 from sliding_models import FULL, TINY, published, spec_of
+from specs import changed
 
 from reapc.arch.config import model_spec
 from reapc.errors import CannotBeDone, ReapcError
@@ -21,19 +21,6 @@ def test_a_flat_copy_is_its_published_model() -> None:
         )  # fmt: skip
         assert all(key.startswith("text_config.") for key in nested.expert_count_keys)
         assert model_spec({**published(name), "vision_config": None}).vision_parameters == 0
-
-
-def changed(name: str, path: str, value: Any) -> dict[str, Any]:
-    """The tiny config with the key at ``path`` set, or removed (None)."""
-    config = deepcopy(TINY[name])
-    *outer, key = path.split("/")
-    part = config
-    for step in outer:
-        part = part[step]
-    part[key] = value
-    if value is None:
-        del part[key]
-    return config
 
 
 REQUIRED = {
@@ -57,7 +44,7 @@ def test_a_missing_key_is_named(name: str, path: str) -> None:
     *outer, key = path.split("/")
     where = "".join(f": {step}" for step in outer)
     with pytest.raises(ReapcError, match=f"config.json{where}: key '{key}' is missing") as error:
-        model_spec(changed(name, path, None))
+        model_spec(changed(TINY[name], path.replace("/", "."), None))
     assert error.value.exit_code == 2
 
 
@@ -98,7 +85,7 @@ def test_a_missing_key_is_named(name: str, path: str) -> None:
 )  # fmt: skip
 def test_a_broken_config_is_refused_by_key(name: str, path: str, value: Any, message: str) -> None:
     with pytest.raises(ReapcError, match=message) as error:
-        model_spec(changed(name, path, value))
+        model_spec(changed(TINY[name], path.replace("/", "."), value))
     assert error.value.exit_code == 2
 
 
@@ -118,5 +105,5 @@ def test_a_broken_config_is_refused_by_key(name: str, path: str, value: Any, mes
 )  # fmt: skip
 def test_what_cannot_be_done_is_said(name: str, path: str, value: Any, message: str) -> None:
     with pytest.raises(CannotBeDone, match=message) as error:
-        model_spec(changed(name, path, value))
+        model_spec(changed(TINY[name], path.replace("/", "."), value))
     assert error.value.exit_code == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,6 +99,16 @@ def text_config(config: dict[str, Any], where: str) -> tuple[dict[str, Any], str
     if "text_config" not in config:
         return config, where
     return read(config, "text_config", dict, where), f"{where}: text_config"
+
+
+def around_text(spec: ModelSpec, config: dict[str, Any], text: dict[str, Any], vision_parameters: int) -> ModelSpec:
+    """The text model's spec with what a multimodal config says around it: dtype, quantization, the vision tower."""
+    return replace(
+        spec,
+        dtype=dtype_of({**config, **text}),
+        vision_parameters=vision_parameters,
+        quantization=config.get("quantization_config") or spec.quantization,
+    )
 
 
 def load_config(path: Path) -> dict[str, Any]:

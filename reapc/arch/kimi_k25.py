@@ -6,11 +6,10 @@ llama.cpp's converter writes the language model as deepseek2 and the rest into a
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from reapc.arch import deepseek
-from reapc.arch.config import read, text_config
+from reapc.arch.config import around_text, read, text_config
 from reapc.arch.mla_family import build_family
 from reapc.arch.spec import ModelSpec
 from reapc.errors import ReapcError
@@ -32,11 +31,7 @@ def build(config: dict[str, Any], where: str) -> ModelSpec:
         name="kimi_k25", model_type=str(config["model_type"]), prefix="language_model.", key_prefix="text_config."
     )
     spec = build_family(text, text_where, family)
-    return replace(
-        spec,
-        vision_parameters=vision_parameters(config, where),
-        quantization=config.get("quantization_config") or spec.quantization,
-    )
+    return around_text(spec, config, text, vision_parameters(config, where))
 
 
 def vision_parameters(config: dict[str, Any], where: str) -> int:

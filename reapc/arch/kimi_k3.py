@@ -10,11 +10,10 @@ first 96). Biases of the vision tower are off in the one known config.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from reapc.arch import parts
-from reapc.arch.config import dtype_of, read, text_config
+from reapc.arch.config import around_text, read, text_config
 from reapc.arch.kimi_linear import language_model, linear_config
 from reapc.arch.linear_attention import kda
 from reapc.arch.spec import GgufPart, ModelSpec, TensorGroup
@@ -55,12 +54,8 @@ def build(config: dict[str, Any], where: str) -> ModelSpec:
         key_prefix="" if text is config else "text_config.",
     )
     vision = config.get("vision_config")
-    return replace(
-        spec,
-        dtype=dtype_of({**config, **text}),
-        vision_parameters=vision_parameters(vision, f"{where}: vision_config") if vision else 0,
-        quantization=config.get("quantization_config") or spec.quantization,
-    )
+    tower = vision_parameters(vision, f"{where}: vision_config") if vision else 0
+    return around_text(spec, config, text, tower)
 
 
 def _moe(config: dict[str, Any], hidden: int, where: str) -> list[TensorGroup]:

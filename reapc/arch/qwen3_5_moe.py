@@ -9,10 +9,9 @@ empty list), Qwen3.6's does not. That is an inference; parameters are the same e
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from reapc.arch.config import dtype_of, read, text_config
+from reapc.arch.config import around_text, read, text_config
 from reapc.arch.qwen3_next import language_model
 from reapc.arch.spec import ModelSpec
 
@@ -40,12 +39,8 @@ def build(config: dict[str, Any], where: str) -> ModelSpec:
         recurrent_dtype=read(text, "mamba_ssm_dtype", str, text_where, ""),
     )
     vision = config.get("vision_config")
-    return replace(
-        spec,
-        dtype=dtype_of({**config, **text}),
-        vision_parameters=vision_parameters(vision, f"{where}: vision_config") if vision else 0,
-        quantization=config.get("quantization_config") or spec.quantization,
-    )
+    tower = vision_parameters(vision, f"{where}: vision_config") if vision else 0
+    return around_text(spec, config, text, tower)
 
 
 def vision_parameters(config: dict[str, Any], where: str) -> int:

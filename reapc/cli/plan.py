@@ -40,7 +40,7 @@ def command(recipe_path: Path, overrides: tuple[str, ...], as_json: bool, explai
             ]
         click.echo(json.dumps(data, indent=2))
         return
-    for line in _about(recipe_path):
+    for line in () if overrides else _about(recipe_path):  # it speaks of the recipe as it is written
         click.echo(line)
     _show(plan, question, explained)
 

@@ -26,11 +26,6 @@ def elements_per_token(spec: ModelSpec) -> float:
     )
 
 
-def elements_first_token(spec: ModelSpec) -> float:
-    """Cache elements of a token inside every window."""
-    return sum(stream.elements / stream.stride for layer in spec.layers for stream in layer.kind.cache)
-
-
 def sequence_elements(spec: ModelSpec, context: int) -> int:
     """Cache elements of one sequence of ``context`` tokens, without any engine's rounding."""
     return sum(stream.elements * stream.entries(context) for layer in spec.layers for stream in layer.kind.cache)

@@ -20,7 +20,6 @@ class GgufType:
 
     block: int
     block_bytes: int
-    needs_imatrix: bool = False
     fallback: str | None = None
 
     @property
@@ -47,16 +46,16 @@ TYPES: dict[str, GgufType] = {
     "IQ4_XS": GgufType(256, 136, fallback="IQ4_NL"),
     "Q3_K": GgufType(256, 110, fallback="Q4_0"),
     "IQ3_S": GgufType(256, 110, fallback="IQ4_NL"),
-    "IQ3_XXS": GgufType(256, 98, True, "IQ4_NL"),
+    "IQ3_XXS": GgufType(256, 98, fallback="IQ4_NL"),
     "Q2_K": GgufType(256, 84, fallback="Q4_0"),
-    "IQ2_S": GgufType(256, 82, True, "IQ4_NL"),
-    "IQ2_XS": GgufType(256, 74, True, "IQ4_NL"),
+    "IQ2_S": GgufType(256, 82, fallback="IQ4_NL"),
+    "IQ2_XS": GgufType(256, 74, fallback="IQ4_NL"),
     "Q2_0": GgufType(64, 18, fallback="Q4_0"),
-    "IQ2_XXS": GgufType(256, 66, True, "IQ4_NL"),
+    "IQ2_XXS": GgufType(256, 66, fallback="IQ4_NL"),
     "TQ2_0": GgufType(256, 66, fallback="Q4_0"),
-    "IQ1_M": GgufType(256, 56, True, "IQ4_NL"),
+    "IQ1_M": GgufType(256, 56, fallback="IQ4_NL"),
     "TQ1_0": GgufType(256, 54, fallback="Q4_0"),
-    "IQ1_S": GgufType(256, 50, True, "IQ4_NL"),
+    "IQ1_S": GgufType(256, 50, fallback="IQ4_NL"),
     "Q1_0": GgufType(128, 18),
 }
 

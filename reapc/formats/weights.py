@@ -8,7 +8,7 @@ and the quantizers write them (facts/vllm-legality.md, facts/quantizers.md).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import ceil, prod
 from typing import Literal
@@ -242,9 +242,3 @@ def shard(fmt: WeightFormat, group: TensorGroup, tp: int, ep: int, kv_heads: int
         else:
             unit = size
     return Shard(0, unit) if group.per_expert else Shard(unit, 0)
-
-
-def with_scope(fmt: WeightFormat, experts_only: bool) -> WeightFormat:
-    """The same format, limited to the routed experts or not."""
-    base = fmt.name.removesuffix(EXPERTS_ONLY)
-    return replace(fmt, name=base + (EXPERTS_ONLY if experts_only else ""), experts_only=experts_only)

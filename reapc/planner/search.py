@@ -103,11 +103,11 @@ def candidate(question: Question, engine: EngineName, fmt: str, kv: str, sizes: 
     """The configuration with its placement and predicted loss."""
     serve, spec = question.serve, question.spec
     placement = sizes.place(kept)
-    loss = (
-        quantization_loss(spec, engine, fmt, sizes.bits)
-        + question.prune_loss(kept)
-        + prior.kv_loss(kv)
-        + router_cost(spec, engine, kept)
+    loss = prior.combined(
+        quantization_loss(spec, engine, fmt, sizes.bits),
+        question.prune_loss(kept),
+        prior.kv_loss(kv),
+        router_cost(spec, engine, kept),
     )
     return Candidate(
         engine=engine,
@@ -330,8 +330,3 @@ def make_plan(
     """The plan of a recipe. ``buildable``: only what this version of ``reapc build`` can write."""
     question = from_recipe(recipe, spec, model_name, measured, buildable)
     return answer(question, "reap" if recipe.prune.method == "auto" else recipe.prune.method)
-
-
-def with_counts(question: Question, counts: tuple[int, ...]) -> Question:
-    """The same question with other expert counts allowed."""
-    return replace(question, counts=counts)
