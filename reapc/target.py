@@ -60,7 +60,7 @@ class Target(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    name: str = "inline"
+    name: str = "this budget"
     description: str = ""
     gpus: int = Field(default=0, ge=0, le=1024, description="cards in all machines together; 0 plans for RAM alone")
     card: str = "GPU"
