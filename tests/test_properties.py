@@ -13,6 +13,7 @@ from specs import demo_spec
 
 from reapc.arch import ModelSpec, known
 from reapc.engines import llamacpp, vllm
+from reapc.engines.split import fill
 from reapc.errors import ReapcError
 from reapc.formats import weights
 from reapc.plan import Candidate
@@ -96,7 +97,7 @@ def test_more_context_never_frees_memory(name: str, vram: int, gpus: int, one: i
                 layout = sizes.legal[0][0]
                 used.append([d.used_bytes for d in sizes._placement(layout, spec.num_experts, False).devices])
             else:
-                used.append([sum(sizes.kv_bytes) + sum(sizes.state_bytes), *sizes._workspaces(gpus, 0)])
+                used.append([sum(sizes.kv_bytes) + sum(sizes.state_bytes), *sizes._workspaces([], gpus, 0)])
         assert all(a <= b for a, b in zip(*used, strict=True))
 
 
@@ -180,8 +181,8 @@ def test_layer_split_equals_brute_force(costs: list[int], parts: int, last: int)
     counts = llamacpp.split_layers(costs, parts, last)
     edges = [sum(counts[:i]) for i in range(1, parts)]
     assert worst(tuple(edges)) == least
-    assert vllm._partition(costs, parts, 0, last, least) is not None
-    assert vllm._partition(costs, parts, 0, last, least - 1) is None
+    assert fill(costs, parts, 0, last, least) is not None
+    assert fill(costs, parts, 0, last, least - 1) is None
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2])

@@ -23,6 +23,7 @@ from reapc.engines.llamacpp_memory import (
     workspace_bytes,
 )
 from reapc.engines.render import render
+from reapc.engines.split import fill
 from reapc.formats import gguf
 from reapc.formats.gguf_sizes import sizes
 from reapc.plan import HOST, RAM, DeviceBytes, Placement, Plan
@@ -91,8 +92,10 @@ class Layouts:
         self.kv_bytes = [per_kind[id(layer.kind)][0] for layer in spec.layers]
         self.state_bytes = [per_kind[id(layer.kind)][1] for layer in spec.layers]
         self.layer_workspace = layer_workspace_bytes(spec, serve.context, serve.concurrency)
-        # an offloading server stages one layer's experts on the card while it reads a prompt
+        self.card_overhead = _MEMORY["gpu_overhead"]
         self.host_overhead = _MEMORY["server_base"] + _MEMORY["tokenizer_bytes_per_token"] * spec.vocab_size
+        if target.unified:
+            self.card_overhead += self.host_overhead
 
     @cached_property
     def bits(self) -> float:
@@ -155,8 +158,10 @@ class Layouts:
         cards = min(self.target.gpus, self.spec.num_layers, _DATA["max_devices"])
         return (cards, 1) if cards > 1 else (cards,)
 
-    def _workspaces(self, cards: int, staged: int) -> tuple[int, int]:
+    def _workspaces(self, layers: list[tuple[int, int]], cards: int, offloaded: int) -> tuple[int, int]:
         """Workspace of a card, and of the one with the output matrix."""
+        # an offloading server stages one layer's experts on the card while it reads a prompt
+        staged = max((routed for _, routed in layers[:offloaded]), default=0)
         copies = 4 if cards > 1 and not staged else 1  # pipeline parallelism is off with tensor overrides
         context, slots = self.serve.context, self.serve.concurrency
         plain = workspace_bytes(self.spec, context, output=False, copies=copies, concurrency=slots) + staged
@@ -171,9 +176,7 @@ class Layouts:
         self, layers: list[tuple[int, int]], kept: int, cards: int, offloaded: int
     ) -> tuple[list[int], int, int]:
         """Bytes per layer on a card, the room of a card for layers, and what the last card holds besides."""
-        staged = max((routed for _, routed in layers[:offloaded]), default=0)
-        plain, output = self._workspaces(cards, staged)
-        overhead = _MEMORY["gpu_overhead"] + (self.host_overhead if self.target.unified else 0)
+        plain, output = self._workspaces(layers, cards, offloaded)
         costs = [
             total
             - (routed if index < offloaded else 0)
@@ -182,15 +185,13 @@ class Layouts:
             + self.layer_workspace[index]
             for index, (total, routed) in enumerate(layers)
         ]
-        return costs, self.target.vram - overhead - plain, self._output_bytes() + output - plain
+        return costs, self.target.vram - self.card_overhead - plain, self._output_bytes() + output - plain
 
     def _on_cards(self, layers: list[tuple[int, int]], kept: int, cards: int, offloaded: int) -> Placement:
         target = self.target
         costs, _, last = self._costs(layers, kept, cards, offloaded)
         counts = split_layers(costs, cards, last)
-        staged = max((routed for _, routed in layers[:offloaded]), default=0)
-        plain, output = self._workspaces(cards, staged)
-        overhead = _MEMORY["gpu_overhead"] + (self.host_overhead if target.unified else 0)
+        plain, output = self._workspaces(layers, cards, offloaded)
         devices, start = [], 0
         for index, device in enumerate(target.devices):
             if index >= cards:
@@ -208,7 +209,7 @@ class Layouts:
                     kv_bytes=sum(self.kv_bytes[i] for i in stage),
                     state_bytes=sum(self.state_bytes[i] for i in stage),
                     workspace_bytes=(output if is_last else plain) + sum(self.layer_workspace[i] for i in stage),
-                    overhead_bytes=overhead,
+                    overhead_bytes=self.card_overhead,
                 )
             )
         if not target.unified:
@@ -299,19 +300,9 @@ class Layouts:
 
 
 def _fill(costs: list[int], parts: int, last_extra: int, limit: int) -> list[int] | None:
-    """Consecutive layers per card, at least one each, with no card above ``limit``; None when there is no such split.
-    Filled from the last card, which holds ``last_extra`` besides."""
-    counts, index = [], len(costs)
-    for part in reversed(range(parts)):
-        room, count = limit - (last_extra if part == parts - 1 else 0), 0
-        while index > part and costs[index - 1] <= room:
-            index -= 1
-            room -= costs[index]
-            count += 1
-        if not count:
-            return None
-        counts.append(count)
-    return counts[::-1] if index == 0 else None
+    """``fill`` from the last card, which holds ``last_extra`` bytes besides."""
+    counts = fill(costs[::-1], parts, last_extra, 0, limit)
+    return counts[::-1] if counts else None
 
 
 def split_layers(costs: list[int], parts: int, last_extra: int) -> list[int]:

@@ -14,6 +14,7 @@ from reapc.arch import LayerKind, ModelSpec
 from reapc.arch.spec import DTYPE_BYTES
 from reapc.engines.cache import spread
 from reapc.engines.render import render
+from reapc.engines.split import fill
 from reapc.engines.vllm_rules import DATA, KV_TYPES, Layout, format_refusal, kinds_of, layout_refusal, layouts
 from reapc.formats import weights
 from reapc.formats.weights import WeightFormat
@@ -204,7 +205,7 @@ class Layouts:
                 break
         else:
             return even
-        return _partition(costs, layout.pp, first, last, room) if layout.pp > 1 else None
+        return fill(costs, layout.pp, first, last, room) if layout.pp > 1 else None
 
     def _fits(self, layout: Layout, kept: int) -> bool:
         workspace, overhead = self._reserved(layout)
@@ -280,22 +281,6 @@ def _kv_b_parameters(kind: LayerKind) -> int:
 def _kv_heads(kind: LayerKind, spec: ModelSpec) -> int:
     """The KV heads that this kind's k and v rows are made of."""
     return max((stream.heads for stream in kind.cache), default=0) or spec.num_kv_heads
-
-
-def _partition(costs: list[int], parts: int, first: int, last: int, room: int) -> list[int] | None:
-    """Consecutive layers per stage, at least one each, none above ``room``; None when there is no such split."""
-    counts, index = [], 0
-    for part in range(parts):
-        left = room - (first if part == 0 else 0) - (last if part == parts - 1 else 0)
-        count = 0
-        while index < len(costs) - (parts - 1 - part) and costs[index] <= left:
-            left -= costs[index]
-            index += 1
-            count += 1
-        if not count:
-            return None
-        counts.append(count)
-    return counts if index == len(costs) else None
 
 
 def _geforce(target: Target) -> bool:

@@ -155,6 +155,6 @@ def hopeless(verdicts: Iterable[tuple[str, ModelSpec]], wish: Wish, *, named: bo
     if best is None:
         if first is None:
             return CannotBeDone("no model of the catalogue can be asked this", hint="check --experts and --context")
-        return nothing_fits(first, [], refused, lambda _: False)
+        return nothing_fits(first, [], refused, lambda _: False, options=True)
     _, question, near = best
-    return nothing_fits(question, [near], refused, nearest_fits(question, [near]))
+    return nothing_fits(question, [near], refused, nearest_fits(question, [near]), options=True)

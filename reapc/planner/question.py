@@ -41,8 +41,8 @@ _METHODS = {"auto_round": ("auto-round", "ct"), "gptq": ("gptq",)}
 @dataclass(frozen=True)
 class Question:
     """``counts`` are the expert counts that may be kept, largest first; ``pairs`` the engines and formats to try.
-    ``measured`` gives the loss of pruning to a count where it was measured. ``free`` says that counts and formats were
-    not fixed by the user."""
+    ``measured`` gives the loss of pruning to a count where it was measured. ``counts_fixed`` and ``formats_fixed``
+    say that the user fixed them."""
 
     model: str
     spec: ModelSpec

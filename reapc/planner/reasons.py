@@ -109,9 +109,12 @@ def _less_context(question: Question, fits: Fits) -> int | None:
     return low * 256 or None
 
 
-def nothing_fits(question: Question, smallest: list[Candidate], refused: list[Refusal], fits: Fits) -> CannotBeDone:
+def nothing_fits(
+    question: Question, smallest: list[Candidate], refused: list[Refusal], fits: Fits, *, options: bool = False
+) -> CannotBeDone:
     """The error for a question without an answer: what is lacking, and the smallest changes that would fit.
-    ``smallest`` holds the nearest configuration, or nothing when none is legal."""
+    ``smallest`` holds the nearest configuration, or nothing when none is legal. ``options``: changes are named as
+    options of ``reapc fit``, not as keys of a recipe."""
     target, spec = question.target, question.spec
     if not smallest:
         own = (
@@ -124,19 +127,21 @@ def nothing_fits(question: Question, smallest: list[Candidate], refused: list[Re
     kind = "ram" if not target.gpus or (short.name == HOST and target.ram) else "vram"
     need = needed_capacity(question, fits, kind)
     each = {"ram": "", "vram": " per card"}[kind]
-    ways = [f'target.{kind} = "{need}B"'] if need else []
+    ways = [f"--{kind} {need}B" if options else f'target.{kind} = "{need}B"'] if need else []
     if best.experts_kept > spec.top_k and (fewer := _fewer_experts(question, fits)):
         if question.counts_fixed:
-            ways.append(f"prune.experts = {fewer}")
+            ways.append(f"--experts {fewer}" if options else f"prune.experts = {fewer}")
         else:
             ratio = -(-(spec.num_experts - fewer) * 10_000 // spec.num_experts) / 10_000
-            ways.append(f"prune.max_ratio = {ratio} ({fewer} experts; now {question.max_ratio})")
+            key = f"--max-ratio {ratio}" if options else f"prune.max_ratio = {ratio}"
+            ways.append(f"{key} ({fewer} experts; now {question.max_ratio})")
     if shorter := _less_context(question, fits):
-        ways.append(f"serve.context = {shorter} (now {question.serve.context})")
+        key = f"--context {shorter}" if options else f"serve.context = {shorter}"
+        ways.append(f"{key} (now {question.serve.context})")
     if question.formats_fixed:
-        ways.append('fewer bits (quantize.method, format, bits = "auto")')
+        ways.append("no --format" if options else 'fewer bits (quantize.method, format, bits = "auto")')
     if target.gpus and not target.ram and not target.unified and best.engine == "llama.cpp":
-        ways.append("target.ram, to keep experts in the host's RAM")
+        ways.append(f"{'--ram' if options else 'target.ram'}, to keep experts in the host's RAM")
     return CannotBeDone(
         f"{question.model} does not fit {target.name}: the smallest configuration allowed ({best.engine} "
         f"{best.format}, {best.experts_kept} of {spec.num_experts} experts, context {best.context}) needs "
