@@ -64,12 +64,22 @@ class PruneSection(_Section):
 class QuantizeSection(_Section):
     """How many bits each weight gets."""
 
-    method: Literal["auto", "none", "gguf", "auto_round", "gptq"] = "auto"
+    method: Literal["auto", "none", "gguf", "auto_round", "gptq", "fp8"] = "auto"
     bits: Auto | Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=16)] = "auto"
     group_size: Auto | Annotated[int, BeforeValidator(_no_bool), Field(ge=16)] = "auto"
+    # a format of `reapc formats`, or what the quantizers call one: auto_round, auto_gptq, llm_compressor, gptq
     format: str = "auto"
+    # other bits for a part of the model: attention = 8, "layers.0-1" = 16
+    mixed: dict[str, Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=16)]] = Field(default_factory=dict)
+    # AutoRound's tuning steps per layer; 0 rounds to nearest
+    iters: Auto | Annotated[int, BeforeValidator(_no_bool), Field(ge=0)] = "auto"
     imatrix: bool = True
     pre_tokenizer: str | None = None
+
+    @property
+    def writer(self) -> str:
+        """The method whose tool writes the result: AutoRound's own name for a GPTQ file says that it does."""
+        return "auto_round" if self.format == "auto_gptq" else self.method
 
 
 class CalibrationSection(_Section):
@@ -200,6 +210,11 @@ def make_recipe(data: dict[str, Any], path: Path) -> Recipe:
         raise ReapcError(
             f"{where}: quantize.group_size = {recipe.quantize.group_size}: GGUF types have blocks of their own",
             hint='remove it, or set quantize.method to "auto_round" or "gptq"',
+        )
+    if recipe.quantize.mixed and recipe.quantize.method in ("none", "gguf"):
+        raise ReapcError(
+            f'{where}: quantize.mixed, but quantize.method = "{recipe.quantize.method}"',
+            hint="llama-quantize mixes types by itself; mixed is for auto_round, gptq and fp8",
         )
     if recipe.prune.method == "none" and (recipe.prune.experts != "auto" or recipe.prune.ratio not in ("auto", 0)):
         raise ReapcError(f'{where}: prune.method = "none" but prune.ratio or prune.experts asks for pruning')

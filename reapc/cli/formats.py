@@ -10,7 +10,7 @@ import click
 from reapc.engines import data
 from reapc.formats import weights
 from reapc.formats.gguf_types import DEFAULT_TYPES, NEEDS_IMATRIX, TYPES
-from reapc.planner.question import BUILDABLE
+from reapc.planner.question import writable
 
 
 def rows() -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def rows() -> list[dict[str, Any]]:
                 "min_capability": vllm["capability"][key],
                 "experts_only": fmt.quantized,
                 "needs_imatrix": False,
-                "buildable": name in BUILDABLE,
+                "buildable": writable(name),
             }
         )
     for name, kind in DEFAULT_TYPES.items():
@@ -45,7 +45,7 @@ def rows() -> list[dict[str, Any]]:
                 "min_capability": None,
                 "experts_only": False,
                 "needs_imatrix": name in NEEDS_IMATRIX,
-                "buildable": name in BUILDABLE,
+                "buildable": writable(name),
             }
         )
     return found

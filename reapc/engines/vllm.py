@@ -128,18 +128,18 @@ class Layouts:
         tried = [self._placement(layout, kept, slow) for layout, slow in self.legal]
         return max(tried, key=lambda placement: placement.fullest.free_bytes)
 
-    def _kind_cost(self, kind: LayerKind, tp: int, ep: int) -> _Cost:
+    def _kind_cost(self, kind: LayerKind, tp: int, ep: int, layer: int | None) -> _Cost:
         fixed = unit = replicated = 0
         for group in kind.tensors:
             heads = _kv_heads(kind, self.spec)
-            held = weights.shard(self.fmt, group, tp, ep, heads)
+            held = weights.shard(self.fmt, group, tp, ep, heads, layer)
             fixed += held.fixed
             if group.role == "expert":
                 unit += held.per_expert
             else:
                 wide = group.role == "router" and not group.dtype and self.spec.family in FLOAT32_ROUTER
                 replicated += held.per_expert * (2 if wide else 1)
-        fixed += _copied_keys(self.fmt, kind, tp, ep, _kv_heads(kind, self.spec))
+        fixed += _copied_keys(self.fmt, kind, tp, ep, _kv_heads(kind, self.spec), layer)
         size = KV_TYPES[self.kv]["bytes"]
         tokens = 0
         for stream in kind.cache:
@@ -157,8 +157,12 @@ class Layouts:
     def _layer_costs(self, tp: int, ep: int) -> list[_Cost]:
         key = (tp, 2 if ep > 1 else 1)
         if key not in self._costs:
-            per_kind = {id(kind): self._kind_cost(kind, tp, ep) for kind in kinds_of(self.spec)}
-            self._costs[key] = [per_kind[id(layer.kind)] for layer in self.spec.layers]
+            known: dict[tuple[int, int | None], _Cost] = {}
+            for layer in self.spec.layers:
+                kind = (id(layer.kind), layer.index if self.fmt.by_layer else None)
+                if kind not in known:
+                    known[kind] = self._kind_cost(layer.kind, tp, ep, kind[1])
+                self._costs.setdefault(key, []).append(known[kind])
         return self._costs[key]
 
     def _outside(self, layout: Layout) -> tuple[int, int]:
@@ -265,13 +269,13 @@ class Layouts:
         return self.target.bandwidth / total
 
 
-def _copied_keys(fmt: WeightFormat, kind: LayerKind, tp: int, ep: int, kv_heads: int) -> int:
+def _copied_keys(fmt: WeightFormat, kind: LayerKind, tp: int, ep: int, kv_heads: int, layer: int | None) -> int:
     """Bytes of k_proj once more: where a layer has no v_proj (Gemma-4's full ones), vLLM loads K into V's rows too."""
     names = {group.name: group for group in kind.tensors if group.parallel == "kv" and group.linears}
     key = next((group for name, group in names.items() if name.endswith("k_proj.weight")), None)
     if key is None or any(name.endswith("v_proj.weight") for name in names):
         return 0
-    return weights.shard(fmt, key, tp, ep, kv_heads).fixed
+    return weights.shard(fmt, key, tp, ep, kv_heads, layer).fixed
 
 
 def _kv_b_parameters(kind: LayerKind) -> int:

@@ -57,9 +57,10 @@ def refusal(spec: ModelSpec, fmt: WeightFormat, target: Target, serve: ServeSect
     wanted = needed[fmt.name if fmt.method == "plain" else fmt.method]
     if card is not None and card < _key(wanted):
         return f"{fmt.name} needs compute capability {wanted}; the target has {target.compute_capability}"
-    if fmt.method in DATA["bits"] and fmt.bits not in DATA["bits"][fmt.method]:
-        allowed = ", ".join(map(str, DATA["bits"][fmt.method]))
-        return f"vLLM loads {fmt.method} with {allowed} bits, not {fmt.bits}"
+    for bits in fmt.widths if fmt.method in DATA["bits"] else ():
+        if bits not in DATA["bits"][fmt.method]:
+            allowed = ", ".join(map(str, DATA["bits"][fmt.method]))
+            return f"vLLM loads {fmt.method} with {allowed} bits, not {bits}"
     return weights.misfit(fmt, spec)
 
 
@@ -143,38 +144,62 @@ def format_refusal(spec: ModelSpec, fmt: WeightFormat, layout: Layout) -> tuple[
         return None, False
     tp, _, ep = layout
     expert_tp = 1 if ep > 1 else tp
-    width = spec.expert_intermediate_size // expert_tp
     slow = False
+    for group, layer in _quantized(spec, fmt):
+        stored = fmt.at(group, layer)
+        assert stored is not None
+        if group.role == "expert":
+            reason, generic = _expert_refusal(spec, stored, group, expert_tp)
+            slow = slow or generic
+        else:
+            reason = _dense_refusal(stored, group, tp) if tp > 1 else None
+        if reason:
+            return reason, False
+    return None, slow
+
+
+def _quantized(spec: ModelSpec, fmt: WeightFormat) -> Iterator[tuple[TensorGroup, int | None]]:
+    """Every group that the format stores, once for each width that it has; experts first."""
+    seen = set()
+    placed = [(group, layer) for group, layer, _ in weights.placed_groups(fmt, spec)]
+    for group, layer in sorted(placed, key=lambda pair: pair[0].role != "expert"):
+        stored = fmt.at(group, layer)
+        if stored is not None and (group, stored) not in seen:
+            seen.add((group, stored))
+            yield group, layer
+
+
+def _expert_refusal(spec: ModelSpec, fmt: WeightFormat, group: TensorGroup, tp: int) -> tuple[str | None, bool]:
+    width = spec.expert_intermediate_size // tp
     if fmt.method in ("gptq", "ct", "auto-round"):
         marlin = DATA["marlin"]
         inner = max(64, fmt.group_size) if fmt.method == "auto-round" else fmt.group_size
-        hidden = {
-            columns for k in kinds_of(spec) for g in k.tensors if g.parallel == "expert" for _, columns in g.linears
-        }
+        hidden = {columns for _, columns in group.linears} if group.parallel == "expert" else set()
         fits = width % inner == 0
         if fmt.bits in marlin["bits"]:
-            fits = fits and all(size % marlin["hidden_multiple"] == 0 for size in hidden)
-            slow = not fits
+            slow = not fits or any(size % marlin["hidden_multiple"] for size in hidden)
             if slow and (width % 32 or any(size % 32 for size in hidden)):
-                return _narrow(fmt, spec, width, expert_tp, 32), False
-        elif not fits:
-            return _narrow(fmt, spec, width, expert_tp, inner), False
+                return _narrow(fmt, spec, width, tp, 32), False
+            return None, slow
+        if not fits:
+            return _narrow(fmt, spec, width, tp, inner), False
     elif fmt.method == "fp8-block" and width % weights.FP8_BLOCK:
-        return _narrow(fmt, spec, width, expert_tp, weights.FP8_BLOCK), False
+        return _narrow(fmt, spec, width, tp, weights.FP8_BLOCK), False
     elif fmt.method in ("nvfp4", "mxfp4") and width % fmt.group_size:
-        return _narrow(fmt, spec, width, expert_tp, fmt.group_size), False
-    if tp > 1 and not fmt.experts_only:
-        unit = weights.FP8_BLOCK if fmt.method == "fp8-block" else fmt.group_size
-        for kind in kinds_of(spec):
-            for group in kind.tensors:
-                for rows, columns in group.linears if unit else ():
-                    size = columns // tp if group.parallel == "row" else 0
-                    if group.parallel == "column" and fmt.method == "fp8-block":
-                        size = rows // tp
-                    if size % unit:
-                        name = group.name.removesuffix(".weight")
-                        return f"{name}: {size} columns per card do not divide into groups of {unit}", False
-    return None, slow
+        return _narrow(fmt, spec, width, tp, fmt.group_size), False
+    return None, False
+
+
+def _dense_refusal(fmt: WeightFormat, group: TensorGroup, tp: int) -> str | None:
+    unit = weights.FP8_BLOCK if fmt.method == "fp8-block" else fmt.group_size
+    for rows, columns in group.linears if unit else ():
+        size = columns // tp if group.parallel == "row" else 0
+        if group.parallel == "column" and fmt.method == "fp8-block":
+            size = rows // tp
+        if size % unit:
+            name = group.name.removesuffix(".weight")
+            return f"{name}: {size} columns per card do not divide into groups of {unit}"
+    return None
 
 
 def _narrow(fmt: WeightFormat, spec: ModelSpec, width: int, tp: int, unit: int) -> str:

@@ -1,19 +1,21 @@
 """Weight formats of safetensors checkpoints: exact bytes, whole or on one rank of a parallel layout.
 
 A format covers every linear layer of the decoder, attention and shared experts included; embeddings, head, router,
-norms and vision stay as they are. The suffix ``:experts`` limits it to the routed experts. Layouts as vLLM 0.33 reads
-and the quantizers write them (facts/vllm-legality.md, facts/quantizers.md).
+norms and vision stay as they are. The suffix ``:experts`` limits it to the routed experts; ``+PART=BITS`` gives a part
+of the model another width (``Override``). Layouts as vLLM 0.33 reads and the quantizers write them
+(facts/vllm-legality.md, facts/quantizers.md).
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import ceil, prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from reapc.arch.spec import DTYPE_BYTES, ModelSpec, TensorGroup
+from reapc.arch.spec import DTYPE_BYTES, ModelSpec, Role, TensorGroup
 from reapc.errors import ReapcError
 from reapc.schema import nearest
 
@@ -21,7 +23,10 @@ Method = Literal["plain", "fp8-block", "fp8", "int8", "gptq", "auto-round", "ct"
 GROUPS = (32, 64, 128)
 EXPERTS_ONLY = ":experts"
 FP8_BLOCK = 128
+KEPT_BITS = 16  # the width of an override that leaves its part in the checkpoint's own dtype
+PARTS: dict[str, Role] = {"attention": "attention", "shared_experts": "shared_expert", "dense": "dense_mlp"}
 _GROUPED = re.compile(r"^(gptq|auto-round|ct)-w(\d+)g(\d+)$")
+_OVERRIDE = re.compile(r"^(?:layers\.(\d+)(?:-(\d+))?|([a-z_]+))=(\d+)$")
 _BITS = {"gptq": (4, 8), "auto-round": tuple(range(2, 9)), "ct": tuple(range(2, 9))}
 _PLAIN: dict[str, tuple[Method, int, int]] = {  # name: method, bits, group size (0: none)
     "bf16": ("plain", 16, 0),
@@ -34,23 +39,71 @@ _PLAIN: dict[str, tuple[Method, int, int]] = {  # name: method, bits, group size
 }
 
 
+class Override(NamedTuple):
+    """Another width for one part: a role's linears in every layer (``part``), or every linear of the layers ``first``
+    to ``last``. So no override divides the experts of one layer, which vLLM's fused kernels would refuse."""
+
+    part: str
+    first: int
+    last: int
+    bits: int
+
+    def covers(self, role: Role, layer: int | None) -> bool:
+        """Whether it speaks of this role in this layer."""
+        if self.part:
+            return PARTS[self.part] == role
+        return layer is not None and self.first <= layer <= self.last
+
+    def __str__(self) -> str:
+        span = str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+        return f"{self.part or f'layers.{span}'}={self.bits}"
+
+
 @dataclass(frozen=True)
 class WeightFormat:
-    """One format. ``group_size`` weights of a row share a scale; 0 where that is not how it scales."""
+    """One format. ``group_size`` weights of a row share a scale; 0 where that is not how it scales. Of ``overrides``
+    that speak of the same tensor the last one counts."""
 
     name: str
     method: Method
     bits: int
     group_size: int
     experts_only: bool = False
+    overrides: tuple[Override, ...] = ()
 
     @property
     def quantized(self) -> bool:
         return self.method != "plain"
 
-    def covers(self, group: TensorGroup) -> bool:
+    @property
+    def base(self) -> WeightFormat:
+        """The format without its overrides."""
+        return replace(self, name=self.name.split("+", 1)[0], overrides=()) if self.overrides else self
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers differ."""
+        return any(not override.part for override in self.overrides)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Every bit width that a quantized linear may have, the most usual first."""
+        return tuple(dict.fromkeys(b for b in (self.bits, *(o.bits for o in self.overrides)) if b != KEPT_BITS))
+
+    def at(self, group: TensorGroup, layer: int | None = None) -> WeightFormat | None:
+        """The plain format that stores this tensor's linears in ``layer`` (None: outside layers, or in any of them);
+        None where it stays in its own dtype."""
+        if not self.quantized or not group.linears:
+            return None
+        bits = KEPT_BITS if self.experts_only and group.role != "expert" else self.bits
+        for override in self.overrides:
+            if override.covers(group.role, layer):
+                bits = override.bits
+        return None if bits == KEPT_BITS else _plain(self.method, bits, self.group_size)
+
+    def covers(self, group: TensorGroup, layer: int | None = None) -> bool:
         """Whether it stores the linears of this tensor."""
-        return self.quantized and bool(group.linears) and (group.role == "expert" or not self.experts_only)
+        return self.at(group, layer) is not None
 
     @cached_property
     def bits_per_weight(self) -> float:
@@ -132,26 +185,78 @@ def names() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=256)
+def _plain(method: Method, bits: int, group_size: int) -> WeightFormat:
+    name = f"{method}-w{bits}g{group_size}" if method in _BITS else _name_of(method)
+    return WeightFormat(name, method, bits, group_size)
+
+
+def _name_of(method: Method) -> str:
+    return next(name for name, (known, _, _) in _PLAIN.items() if known == method)
+
+
+@lru_cache(maxsize=256)
 def parse(name: str) -> WeightFormat | None:
-    """The format of this name (case does not matter, ``:experts`` allowed); None when it is none of these."""
-    base = name.lower().removesuffix(EXPERTS_ONLY)
-    only = name.lower() != base
+    """The format of this name (case does not matter; ``:experts`` and overrides allowed); None when it is none of
+    these, ReapcError when it is nearly one."""
+    whole, *extras = name.lower().split("+")
+    base = whole.removesuffix(EXPERTS_ONLY)
+    only = whole != base
     if base in _PLAIN:
         method, bits, group = _PLAIN[base]
-        if method == "plain" and only:
-            raise ReapcError(f"format {name!r}: {base} has nothing to limit to the experts", hint=f"write {base!r}")
-        return WeightFormat(base + (EXPERTS_ONLY if only else ""), method, bits, group, only)
-    match = _GROUPED.match(base)
-    if not match:
-        return None
-    family, bits, group = match[1], int(match[2]), int(match[3])
-    if bits not in _BITS[family] or group not in GROUPS:
+        if method == "plain" and (only or extras):
+            raise ReapcError(f"format {name!r}: {base} has nothing to limit or to override", hint=f"write {base!r}")
+    else:
+        match = _GROUPED.match(base)
+        if not match:
+            return None
+        method, bits, group = match[1], int(match[2]), int(match[3])  # type: ignore[assignment]
+        if bits not in _BITS[method] or group not in GROUPS:
+            raise ReapcError(
+                f"format {name!r}: {method} has {', '.join(map(str, _BITS[method]))} bits and groups of "
+                f"{', '.join(map(str, GROUPS))}",
+                hint=nearest(base, names()),
+            )
+    plain = WeightFormat(base + (EXPERTS_ONLY if only else ""), method, bits, group, only)
+    return with_overrides(plain, tuple(_override(name, text, plain) for text in extras))
+
+
+def with_overrides(fmt: WeightFormat, overrides: tuple[Override, ...]) -> WeightFormat:
+    """``fmt`` with these overrides, named after them."""
+    if not overrides:
+        return fmt
+    return replace(fmt, name="+".join([fmt.name, *map(str, overrides)]), overrides=overrides)
+
+
+def _override(name: str, text: str, fmt: WeightFormat) -> Override:
+    match = _OVERRIDE.match(text)
+    if not match or (match[3] and match[3] not in PARTS) or (match[2] and int(match[2]) < int(match[1])):
         raise ReapcError(
-            f"format {name!r}: {family} has {', '.join(map(str, _BITS[family]))} bits and groups of "
-            f"{', '.join(map(str, GROUPS))}",
-            hint=nearest(base, names()),
+            f"format {name!r}: {text!r} is not PART=BITS",
+            hint=f"PART is layers.N, layers.A-B, {', '.join(PARTS)}; for example +attention=8 or +layers.0-1=8",
         )
-    return WeightFormat(base + (EXPERTS_ONLY if only else ""), family, bits, group, only)  # type: ignore[arg-type]
+    bits = int(match[4])
+    allowed = _BITS.get(fmt.method, (fmt.bits,))
+    if bits not in (*allowed, KEPT_BITS):
+        raise ReapcError(
+            f"format {name!r}: {text!r}: {fmt.method} has {', '.join(map(str, sorted(allowed)))} bits",
+            hint=f"one of them, or {KEPT_BITS} to leave the part as it is",
+        )
+    if match[3]:
+        return Override(match[3], 0, 0, bits)
+    return Override("", int(match[1]), int(match[2] or match[1]), bits)
+
+
+def placed_groups(
+    fmt: WeightFormat, spec: ModelSpec, *, mtp: bool = False
+) -> Iterator[tuple[TensorGroup, int | None, int]]:
+    """Every tensor group, a layer that it is in and how often it occurs so; layers are told apart only where the format
+    does."""
+    if not fmt.by_layer:
+        yield from ((group, None, count) for group, count in spec.groups(mtp))
+        return
+    yield from ((group, None, 1) for group in (*spec.outer, *(spec.mtp_outer if mtp else ())))
+    for layer in (*spec.layers, *(spec.mtp_layers if mtp else ())):
+        yield from ((group, layer.index, 1) for group in layer.kind.tensors)
 
 
 def stored_bytes(group: TensorGroup) -> int:
@@ -159,40 +264,65 @@ def stored_bytes(group: TensorGroup) -> int:
     return prod(group.shape) * (DTYPE_BYTES[group.dtype] if group.dtype else 2)
 
 
-def group_bytes(fmt: WeightFormat, group: TensorGroup, experts: int) -> int:
+def group_bytes(fmt: WeightFormat, group: TensorGroup, experts: int, layer: int | None = None) -> int:
     """Bytes of a tensor (all its experts) in the format, unsharded."""
-    unit = sum(fmt.linear_bytes(*shape) for shape in group.linears) if fmt.covers(group) else stored_bytes(group)
+    stored = fmt.at(group, layer)
+    unit = sum(stored.linear_bytes(*shape) for shape in group.linears) if stored else stored_bytes(group)
     return unit * (experts if group.per_expert else 1)
 
 
 def checkpoint_bytes(fmt: WeightFormat, spec: ModelSpec, *, mtp: bool = False) -> int:
     """Tensor bytes of the checkpoint: the main model, ``mtp`` layers if asked for, and the vision tower in 16 bits."""
-    return (
-        sum(group_bytes(fmt, group, spec.num_experts) * count for group, count in spec.groups(mtp))
-        + 2 * spec.vision_parameters
-    )
+    placed = placed_groups(fmt, spec, mtp=mtp)
+    size = sum(group_bytes(fmt, group, spec.num_experts, layer) * count for group, layer, count in placed)
+    return size + 2 * spec.vision_parameters
 
 
 def misfit(fmt: WeightFormat, spec: ModelSpec) -> str | None:
     """Why the quantizer cannot write this model in the format, or None."""
     if not fmt.quantized:
         return None
-    for group, _ in spec.groups():
-        if fmt.covers(group):
+    beyond = next((o for o in fmt.overrides if not o.part and o.last >= spec.num_layers), None)
+    if beyond is not None:
+        return f"{beyond}: the model has the layers 0 to {spec.num_layers - 1}"
+    for group, layer, _ in placed_groups(fmt, spec):
+        if stored := fmt.at(group, layer):
             for shape in group.linears:
-                if reason := fmt.misfit(*shape):
+                if reason := stored.misfit(*shape):
                     return f"{group.name.removesuffix('.weight')}: {reason}"
     return None
+
+
+def dividing_groups(fmt: WeightFormat, spec: ModelSpec) -> str:
+    """Which group sizes this model's widths admit, in words."""
+    if not fmt.group_size or fmt.method not in _BITS:
+        return "`reapc formats` lists others"
+    fitting = []
+    for group in GROUPS:
+        other = replace(fmt, name=fmt.name.replace(f"g{fmt.group_size}", f"g{group}", 1), group_size=group)
+        if misfit(other, spec) is None:
+            fitting.append(str(group))
+    return f"its widths take groups of {' or '.join(fitting)}" if fitting else "none of the group sizes divides them"
 
 
 def expert_bits(fmt: WeightFormat, spec: ModelSpec) -> float:
     """Mean bits per weight of the routed experts' linears."""
     size = weights = 0
-    for group, count in spec.groups():
+    for group, layer, count in placed_groups(fmt, spec):
         if group.role == "expert" and group.linears:
-            size += group_bytes(fmt, group, 1) * count
+            size += group_bytes(fmt, group, 1, layer) * count
             weights += sum(prod(shape) for shape in group.linears) * count
     return 8 * size / weights
+
+
+def other_bits(fmt: WeightFormat, spec: ModelSpec) -> float:
+    """Mean bits per weight of the linears that are no routed experts (16 where the model has none)."""
+    size = weights = 0
+    for group, layer, count in placed_groups(fmt, spec):
+        if group.role != "expert" and group.linears and group.role in (*PARTS.values(), "other"):
+            size += group_bytes(fmt, group, 1, layer) * count
+            weights += sum(prod(shape) for shape in group.linears) * count
+    return 8 * size / weights if weights else float(KEPT_BITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +350,14 @@ def _split(group: TensorGroup, shape: tuple[int, int], tp: int, expert_tp: int, 
     return shape
 
 
-def shard(fmt: WeightFormat, group: TensorGroup, tp: int, ep: int, kv_heads: int, vocab_pad: int = 64) -> Shard:
+def shard(
+    fmt: WeightFormat, group: TensorGroup, tp: int, ep: int, kv_heads: int, layer: int | None = None,
+    vocab_pad: int = 64,
+) -> Shard:  # fmt: skip
     """What one tensor-parallel rank holds of a tensor. With ``ep`` > 1 experts stay whole and are dealt out."""
     expert_tp = 1 if ep > 1 else tp
-    if fmt.covers(group):
-        unit = sum(fmt.shard_bytes(*_split(group, shape, tp, expert_tp, kv_heads)) for shape in group.linears)
+    if stored := fmt.at(group, layer):
+        unit = sum(stored.shard_bytes(*_split(group, shape, tp, expert_tp, kv_heads)) for shape in group.linears)
     elif group.linears:
         element = DTYPE_BYTES[group.dtype] if group.dtype else 2
         unit = sum(prod(_split(group, shape, tp, expert_tp, kv_heads)) for shape in group.linears) * element

@@ -36,10 +36,11 @@ def tensor_groups(chosen: Candidate, spec: ModelSpec, imatrix: bool) -> list[dic
     else:
         fmt = weights.parse(chosen.format)
         assert fmt is not None
-        for group, layers in pruned.groups():
-            kind = fmt.name if fmt.covers(group) else (group.dtype or "bf16")
+        for group, layer, layers in weights.placed_groups(fmt, pruned):
+            stored = fmt.at(group, layer)
+            kind = stored.name if stored else (group.dtype or "bf16")
             each = chosen.experts_kept if "{e}" in group.name else 1
-            size = weights.group_bytes(fmt, group, chosen.experts_kept) * layers
+            size = weights.group_bytes(fmt, group, chosen.experts_kept, layer) * layers
             add(group.role, kind, each * layers, group.parameters(chosen.experts_kept) * layers, size)
         if spec.vision_parameters:
             add("vision", "bf16", 0, spec.vision_parameters, 2 * spec.vision_parameters)

@@ -10,7 +10,7 @@ from math import floor
 
 from reapc.arch import ModelSpec
 from reapc.errors import CannotBeDone, ReapcError
-from reapc.formats import weights
+from reapc.formats import weights, writers
 from reapc.formats.gguf_types import DEFAULT_TYPES
 from reapc.formats.published import published_format
 from reapc.plan import EngineName
@@ -32,10 +32,10 @@ VLLM_AUTO = (
     *(f"gptq-w{bits}g{group}" for bits in (8, 4) for group in weights.GROUPS),
     "nvfp4", "mxfp4",
 )  # fmt: skip
-# Formats that `reapc build` of this version can write; the planner knows more.
-BUILDABLE = ("bf16", *DEFAULT_TYPES)
 MIXTRAL_EXPERTS = 8  # llama-quantize takes any model with 8 experts for Mixtral
-_METHODS = {"auto_round": ("auto-round", "ct"), "gptq": ("gptq",)}
+_METHODS = {"auto_round": ("auto-round", "ct"), "gptq": ("gptq",), "fp8": ("fp8", "fp8-block")}
+# What the quantizers call their output formats, as our methods.
+EXPORTS = {"auto_round": "auto-round", "auto_gptq": "gptq", "gptq": "gptq", "llm_compressor": "ct"}
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,13 @@ def auto_pairs(spec: ModelSpec, engine: str = "auto", buildable: bool = False) -
         pairs = [("vllm", native), *pairs]
     if native == "mxfp4:experts":
         pairs.append(("llama.cpp", "MXFP4_MOE"))
-    return tuple(pair for pair in pairs if engine in ("auto", pair[0]) and (not buildable or pair[1] in BUILDABLE))
+    return tuple(pair for pair in pairs if engine in ("auto", pair[0]) and (not buildable or writable(pair[1])))
+
+
+def writable(name: str) -> bool:
+    """Whether `reapc build` of this version can write the format; the planner knows more."""
+    fmt = weights.parse(name)
+    return name in DEFAULT_TYPES if fmt is None else writers.why_not(fmt) is None
 
 
 def format_pairs(name: str, engine: str) -> tuple[tuple[EngineName, str], ...]:
@@ -189,45 +195,87 @@ def from_recipe(
 
 
 def _recipe_pairs(recipe: Recipe, spec: ModelSpec, buildable: bool) -> tuple[tuple[EngineName, str], ...]:
-    quantize, serve = recipe.quantize, recipe.serve
-    if quantize.format != "auto":
-        pairs = format_pairs(quantize.format, serve.engine)
-        if quantize.method == "none" and pairs[0][1] not in ("bf16", "BF16"):
-            raise ReapcError(f'quantize.format = "{quantize.format}" but quantize.method = "none"')
-    elif quantize.method == "none":
-        pairs = format_pairs("bf16", serve.engine)
-    else:
-        pairs = auto_pairs(spec, serve.engine)
-        if quantize.bits != "auto" and serve.engine in ("auto", "llama.cpp"):
-            pairs = (*(p for p in pairs if p[0] == "vllm"), *(("llama.cpp", name) for name in DEFAULT_TYPES))
-        if quantize.method == "gguf":
-            pairs = tuple(pair for pair in pairs if pair[0] == "llama.cpp" and pair[1] not in ("BF16", "F16", "F32"))
-        elif quantize.method in _METHODS:
-            allowed = _METHODS[quantize.method]
-            pairs = tuple(p for p in pairs if p[0] == "vllm" and (f := weights.parse(p[1])) and f.method in allowed)
-        if quantize.group_size != "auto":
-            pairs = tuple(p for p in pairs if (f := weights.parse(p[1])) and f.group_size == quantize.group_size)
+    quantize = recipe.quantize
+    pairs = _with_mixed(_named_pairs(recipe, spec), quantize.mixed)
     if quantize.bits != "auto":
         pairs = tuple(pair for pair in pairs if nominal_bits(pair[1]) == quantize.bits)
     if not pairs and quantize.method in ("gguf", *_METHODS):
         raise CannotBeDone(
-            f'serve.engine = "{serve.engine}" cannot serve what quantize.method = "{quantize.method}" writes with '
-            f"bits = {quantize.bits}, group_size = {quantize.group_size}",
-            hint='GGUF needs serve.engine = "llama.cpp", AutoRound and GPTQ need "vllm"',
+            f'serve.engine = "{recipe.serve.engine}" cannot serve what quantize.method = "{quantize.method}" writes '
+            f"with bits = {quantize.bits}, group_size = {quantize.group_size}",
+            hint='GGUF needs serve.engine = "llama.cpp"; AutoRound, GPTQ and FP8 need "vllm"',
         )
     if not pairs:
         raise CannotBeDone(
             f"quantize.bits = {quantize.bits}: no such format (1 to 6, 8 or 16 bits), or another key excludes it"
         )
     if buildable:
-        ours = tuple(pair for pair in pairs if pair[1] in BUILDABLE)
+        ours = tuple(pair for pair in pairs if writable(pair[1]))
         if not ours:
+            fmt = weights.parse(pairs[0][1])
             raise CannotBeDone(
-                f"this version of reapc cannot write {pairs[0][1]} yet: its quantizer driver is not there",
-                hint='quantize.method = "gguf" quantizes for llama.cpp; "none" keeps bf16',
+                f"this version of reapc cannot write {pairs[0][1]}: {writers.why_not(fmt) if fmt else 'no writer'}",
+                hint='quantize.method = "auto_round" or "gguf" quantizes to formats that it can; "none" keeps bf16',
             )
         return ours
     return pairs
+
+
+def _named_pairs(recipe: Recipe, spec: ModelSpec) -> tuple[tuple[EngineName, str], ...]:
+    """What method, format and group size admit."""
+    quantize, serve = recipe.quantize, recipe.serve
+    if quantize.format not in ("auto", *EXPORTS):
+        pairs = format_pairs(quantize.format, serve.engine)
+        fmt = weights.parse(pairs[0][1])
+        if quantize.method == "none" and pairs[0][1] not in ("bf16", "BF16"):
+            raise ReapcError(f'quantize.format = "{quantize.format}" but quantize.method = "none"')
+        if quantize.method in _METHODS and (not fmt or writers.writer(fmt, quantize.method) is None):
+            raise ReapcError(
+                f'quantize.format = "{quantize.format}" is not what quantize.method = "{quantize.method}" writes',
+                hint="remove one of the two",
+            )
+        return pairs
+    if quantize.method == "none":
+        return format_pairs("bf16", serve.engine)
+    pairs = auto_pairs(spec, serve.engine)
+    if quantize.bits != "auto" and serve.engine in ("auto", "llama.cpp"):
+        pairs = (*(p for p in pairs if p[0] == "vllm"), *(("llama.cpp", name) for name in DEFAULT_TYPES))
+    if quantize.method == "gguf":
+        return tuple(pair for pair in pairs if pair[0] == "llama.cpp" and pair[1] not in ("BF16", "F16", "F32"))
+    methods = _METHODS.get(quantize.method)
+    if quantize.format != "auto":
+        method = EXPORTS[quantize.format]
+        if quantize.method == "gptq" and method != "gptq":
+            raise ReapcError(f'quantize.format = "{quantize.format}" but quantize.method = "gptq"')
+        methods = (method,)
+    if methods is not None:
+        pairs = tuple(p for p in pairs if p[0] == "vllm" and (f := weights.parse(p[1])) and f.method in methods)
+    if quantize.group_size != "auto":
+        pairs = tuple(p for p in pairs if (f := weights.parse(p[1])) and f.group_size == quantize.group_size)
+    return pairs
+
+
+def _with_mixed(pairs: tuple[tuple[EngineName, str], ...], mixed: dict[str, int]) -> tuple[tuple[EngineName, str], ...]:
+    """The vLLM formats with the other widths that quantize.mixed asks for; those that have no such width are left out."""
+    if not mixed:
+        return pairs
+    suffix = "".join(f"+{part}={bits}" for part, bits in mixed.items())
+    found: list[tuple[EngineName, str]] = []
+    problem: ReapcError | None = None
+    for engine, name in pairs:
+        fmt = weights.parse(name) if engine == "vllm" else None
+        if fmt is None or not fmt.quantized:
+            continue
+        try:
+            parsed = weights.parse(name + suffix)
+        except ReapcError as error:
+            problem = problem or error
+            continue
+        assert parsed is not None
+        found.append((engine, parsed.name))
+    if not found and problem is not None:
+        raise problem
+    return tuple(found)
 
 
 def nominal_bits(fmt: str) -> int:

@@ -53,7 +53,11 @@ def quantization_loss(spec: ModelSpec, engine: EngineName, fmt: str, bits: float
     if fmt == "MXFP4_MOE" and native == "mxfp4:experts":  # the experts' blocks are kept, the rest becomes Q8_0
         return prior.quantization_loss("gguf-k", TYPES["Q8_0"].bits_per_weight)
     parsed = weights.parse(fmt) if engine == "vllm" else None
-    other = prior.UNQUANTIZED_BITS if parsed and parsed.experts_only else None
+    other = None
+    if parsed and parsed.overrides:
+        other = weights.other_bits(parsed, spec)
+    elif parsed and parsed.experts_only:
+        other = prior.UNQUANTIZED_BITS
     return prior.quantization_loss(loss_method(engine, fmt), bits, other)
 
 
@@ -86,7 +90,7 @@ def least_bytes(question: Question, engine: EngineName, fmt: str) -> int:
     if engine == "llama.cpp":
         bits = TYPES["IQ3_XXS" if fmt == "IQ3_XS" else DEFAULT_TYPES[fmt]].bits_per_weight
     else:
-        bits = float(weights.parse(fmt).bits)  # type: ignore[union-attr]
+        bits = float(min(weights.parse(fmt).widths, default=weights.KEPT_BITS))  # type: ignore[union-attr]
     return int(question.spec.expert_weights * min(question.counts) * bits / 8)
 
 
