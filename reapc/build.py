@@ -20,6 +20,8 @@ from reapc.checkpoint.reader import Checkpoint
 from reapc.checkpoint.source import fetch
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.estimate import Estimate, estimate
+from reapc.formats import weights
+from reapc.formats.weights import WeightFormat
 from reapc.observe.corpus import load_data
 from reapc.observe.observe import observe, observe_reference
 from reapc.observe.reference import read_reference
@@ -27,12 +29,16 @@ from reapc.observe.scores import Scores, load_scores
 from reapc.plan import Plan
 from reapc.planner import prior
 from reapc.planner.search import make_plan
+from reapc.probes import Host, available_ram
 from reapc.progress import Progress
-from reapc.prune.criteria import choose, dropped_share
+from reapc.prune.criteria import choose, dropped_share, groups_of
 from reapc.prune.rewrite import check_scores, prune
+from reapc.quantize import checkpoint as quantizer
+from reapc.quantize.source import refuse_quantized
 from reapc.recipe import Recipe
 from reapc.stages import StageCache, cache_root, digest_of
-from reapc.stream.tokens import Tokens
+from reapc.stream.families import check_family
+from reapc.stream.tokens import Tokens, write_tokens
 from reapc.toolchain import find_llamacpp, require
 from reapc.verify.fidelity import Fidelity, log_probs, measure
 from reapc.verify.fit import FitRow, check_fit
@@ -135,16 +141,17 @@ class Build:
     """One build of one recipe."""
 
     def __init__(self, recipe: Recipe, progress: Progress, scores: Path | None = None) -> None:
+        self.recipe = recipe
         self.progress = progress
         self.start = time.monotonic()
+        self.quantized: dict[str, Any] = {}  # what the manifest says of a quantized checkpoint
         self.cache = StageCache(cache_root() / "stages", progress.log)
         make_folder(self.cache.root)
         folder = fetch(recipe.model.source, recipe.model.revision, recipe.base)
         checkpoint = Checkpoint(folder)
+        check_family(checkpoint.spec, str(folder))
         self.first_plan = make_plan(recipe, checkpoint.spec, recipe.model.source, buildable=True)
-        if self.first_plan.chosen.engine == "llama.cpp":
-            for tool in ("convert", "quantize", "lib_dir"):
-                require(tool)
+        self._check_tools(checkpoint)
         given = load_scores(scores) if scores else None
         if given and scores:
             check_scores(given, checkpoint, scores)
@@ -155,9 +162,28 @@ class Build:
     def key(self) -> str:
         return _build_key(self.inputs)
 
+    def _check_tools(self, checkpoint: Checkpoint) -> None:
+        """Whatever the plan's quantizer needs is looked for before anything is computed."""
+        chosen = self.first_plan.chosen
+        if chosen.engine == "llama.cpp":
+            for tool in ("convert", "quantize", "lib_dir"):
+                require(tool)
+            return
+        fmt = weights.parse(chosen.format)
+        if fmt is not None and fmt.quantized:
+            refuse_quantized(checkpoint.config, checkpoint.folder)
+            writer = quantizer.writer_for(fmt, self.recipe.quantize.writer)
+            quantizer.versions(writer)
+            room = available_ram(Host(), [])
+            quantizer.require_memory(checkpoint.spec.with_experts(chosen.experts_kept), writer, room)
+
     def expect(self) -> Estimate:
         """Time, disk and memory that the build is expected to need."""
-        return estimate(self.inputs.checkpoint, self.first_plan, self.inputs.calibration, self.inputs.held_out)
+        inputs, settings = self.inputs, self.recipe.quantize
+        fmt = weights.parse(self.first_plan.chosen.format)
+        tool = quantizer.writer_for(fmt, settings.writer).tool if fmt is not None and fmt.quantized else ""
+        iters = quantizer.DEFAULT_ITERS if settings.iters == "auto" else settings.iters
+        return estimate(inputs.checkpoint, self.first_plan, inputs.calibration, inputs.held_out, tool, iters)
 
     def run(self, out: Path) -> BuildResult:
         """Builds into ``out``; does nothing when this very result is there."""
@@ -172,13 +198,14 @@ class Build:
 
         scores, reference = self._observe()
         plan = self._second_plan(scores)
-        kept = choose(scores, plan.criterion, plan.chosen.experts_kept)
+        groups = groups_of(inputs.checkpoint.spec)
+        kept = choose(scores, plan.criterion, plan.chosen.experts_kept, groups)
         pruned, pruned_key = self._prune(kept, plan)
         result = self._quantize(pruned, pruned_key, plan)
         fit = check_fit(result, plan)
         fidelity = self._fidelity(result, reference)
         self._check_thresholds(fidelity)
-        manifest = self._emit(out, plan, scores, result, fit, fidelity, kept)
+        manifest = self._emit(out, plan, scores, result, fit, fidelity, kept, reference)
         return BuildResult(out, manifest, fresh=True)
 
     def _observe(self) -> tuple[Scores, Path]:
@@ -222,11 +249,11 @@ class Build:
 
     def _second_plan(self, scores: Scores) -> Plan:
         """The same planner with the damage of pruning read off the scores."""
-        criterion = self.first_plan.criterion
+        criterion, groups = self.first_plan.criterion, groups_of(self.inputs.checkpoint.spec)
 
         def measured(kept: int) -> float:
             return prior.measured_pruning_loss(
-                1 - kept / scores.header["num_experts"], dropped_share(scores, criterion, kept)
+                1 - kept / scores.header["num_experts"], dropped_share(scores, criterion, kept, groups)
             )
 
         source = self.inputs.recipe.model.source
@@ -240,9 +267,9 @@ class Build:
         return plan
 
     def _prune(self, kept: dict[int, list[int]], plan: Plan) -> tuple[Path, str]:
-        """The pruned checkpoint (the source itself when every expert stays) and its key."""
+        """The pruned checkpoint (the source itself when all of it stays) and its key."""
         checkpoint = self.inputs.checkpoint
-        if plan.chosen.experts_kept == checkpoint.spec.num_experts:
+        if plan.chosen.experts_kept == checkpoint.spec.num_experts and not checkpoint.spec.mtp_layers:
             return checkpoint.folder, digest_of([checkpoint.digest, checkpoint.side_digest])
         model = [checkpoint.digest, checkpoint.side_digest]
         depends = {"model": model, "kept": {str(k): v for k, v in kept.items()}, "reapc": __version__}
@@ -254,9 +281,63 @@ class Build:
         return folder / "model", key
 
     def _quantize(self, pruned: Path, pruned_key: str, plan: Plan) -> Path:
-        """The GGUF file, or the pruned folder when vLLM serves it as it is."""
-        if plan.chosen.engine == "vllm":
-            return pruned
+        """The GGUF file, or the folder that vLLM serves: the pruned one where it stays in 16 bit."""
+        fmt = weights.parse(plan.chosen.format) if plan.chosen.engine == "vllm" else None
+        if fmt is None:
+            return self._quantize_gguf(pruned, pruned_key, plan)
+        return self._quantize_checkpoint(pruned, pruned_key, fmt) if fmt.quantized else pruned
+
+    def _quantize_checkpoint(self, pruned: Path, pruned_key: str, fmt: WeightFormat) -> Path:
+        """The checkpoint in ``fmt``, reloaded strictly and compared with the pruned one tensor by tensor."""
+        from reapc.verify.quantized import check_quantized
+
+        settings, calibration = self.recipe.quantize, self.inputs.calibration
+        tool = quantizer.writer_for(fmt, settings.writer)
+        iters = None if settings.iters == "auto" else settings.iters
+        depends = {
+            "model": pruned_key,
+            "format": fmt.name,
+            "writer": [tool.tool, tool.export],
+            "iters": settings.iters if tool.tool == "auto-round" else None,
+            "calibration": calibration.digest if tool.tool != "reapc" else None,
+            "seed": self.recipe.calibration.seed,
+            "tools": quantizer.versions(tool),
+            "reapc": __version__,
+        }
+
+        def work(folder: Path, scratch: Path) -> None:
+            facts = quantizer.quantize(
+                pruned, folder / "model", fmt, calibration, self.progress, method=settings.writer, iters=iters,
+                seed=self.recipe.calibration.seed, threads=os.cpu_count() or 1, scratch=scratch,
+            )  # fmt: skip
+            (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+        folder, _ = self.cache.run("quantize", depends, work)
+        source = Checkpoint(pruned)
+        report = check_quantized(folder / "model", fmt, source.spec, original=source)
+        self.quantized = {"quantizer": json.loads((folder / "facts.json").read_text()), "reload": report.to_json()}
+        if tool.tool != "reapc":
+            self.quantized["starved"] = self._starved(pruned, pruned_key)
+        return folder / "model"
+
+    def _starved(self, pruned: Path, pruned_key: str) -> dict[str, Any]:
+        """Experts of the pruned model that too little of the calibration text reaches, from its own routing."""
+        from reapc.quantize.starved import starved
+
+        depends = {"model": pruned_key, "calibration": self.inputs.calibration.digest, "reapc": __version__}
+
+        def work(folder: Path, scratch: Path) -> None:
+            counted = observe(Checkpoint(pruned), self.inputs.calibration, scratch, self.progress, moments=False)
+            counted.save(folder / "scores.safetensors")
+
+        folder, _ = self.cache.run("routing", depends, work)
+        found = starved(load_scores(folder / "scores.safetensors"))
+        if found["count"]:
+            self.progress.log(f"quantize: {found['summary']}")
+        return found
+
+    def _quantize_gguf(self, pruned: Path, pruned_key: str, plan: Plan) -> Path:
+        """The GGUF file of the plan's type."""
         from reapc.quantize import gguf
 
         quantize, fmt = self.inputs.recipe.quantize, plan.chosen.format
@@ -291,7 +372,8 @@ class Build:
             from reapc.quantize.imatrix import write_from_scores
 
             scores = observe(Checkpoint(pruned), self.inputs.calibration, scratch, self.progress, moments=True)
-            write_from_scores(folder / "imatrix.gguf", scores, self.inputs.calibration)
+            arch = str(self.inputs.checkpoint.spec.gguf_arch)
+            write_from_scores(folder / "imatrix.gguf", scores, self.inputs.calibration, arch)
 
         folder, key = self.cache.run("imatrix", depends, work)
         return folder / "imatrix.gguf", key
@@ -336,6 +418,7 @@ class Build:
         fit: list[FitRow],
         fidelity: Fidelity,
         kept: dict[int, list[int]],
+        reference: Path,
     ) -> dict[str, Any]:
         from reapc.emit import write_scripts
 
@@ -352,6 +435,8 @@ class Build:
                 for path in sorted(p for p in result.iterdir() if p.is_file() and not p.name.startswith(".")):
                     _place(path, partial / name / path.name)
             scores.save(partial / "scores.safetensors")
+            _place(reference, partial / "reference.safetensors")
+            write_tokens(partial / "held_out.safetensors", inputs.held_out)
             plans = {"from_prior": self.first_plan.to_json(), "from_scores": plan.to_json()}
             (partial / "plan.json").write_text(json.dumps(plans, indent=2) + "\n")
             write_scripts(partial, plan, name, inputs.recipe)
@@ -370,6 +455,7 @@ class Build:
                 "engine": plan.chosen.engine,
                 "artifact": name,
                 "fit": [row.__dict__ for row in fit],
+                **self.quantized,
                 "fidelity": fidelity.to_json(),
                 "stage_seconds": self.cache.seconds,
                 "reused": self.cache.reused,

@@ -11,6 +11,7 @@ import numpy as np
 from reapc.checkpoint.reader import Checkpoint
 from reapc.observe.observe import disk_bytes
 from reapc.plan import Plan
+from reapc.quantize import worker
 from reapc.stream.run import TOKENS_PER_BATCH
 from reapc.stream.tokens import Tokens
 from reapc.units import format_bytes, format_seconds
@@ -20,6 +21,10 @@ _FORWARD_EFFICIENCY = 0.35
 _COPY_BYTES_PER_SECOND = 300e6
 _QUANTIZE_WEIGHTS_PER_SECOND_AND_CORE = 4e6
 _BASE_MEMORY_BYTES = 600 << 20
+# AutoRound tunes a layer on batches of up to 8 sequences of 512 tokens: forward and backward are three forwards.
+_TUNED_TOKENS, _TUNED_FORWARDS = 4096, 3
+# GPTQ: seconds per weight and core of the column by column rounding; measured on the demo model, two cores.
+_GPTQ_WEIGHTS_PER_SECOND_AND_CORE = 0.5e6
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,11 @@ def _matmul_rate() -> float:
     return 2 * 512**3 * count / (time.perf_counter() - start)
 
 
-def estimate(checkpoint: Checkpoint, plan: Plan, calibration: Tokens, held_out: Tokens) -> Estimate:
-    """The needs of a build of ``plan``: two observations, a verification, and the copies between."""
+def estimate(
+    checkpoint: Checkpoint, plan: Plan, calibration: Tokens, held_out: Tokens, tool: str = "", iters: int = 0
+) -> Estimate:
+    """The needs of a build of ``plan``: two observations, a verification, the copies between, and the quantizer.
+    ``tool`` writes a vLLM format ("" where none is written), AutoRound with ``iters`` steps per layer."""
     spec, chosen = checkpoint.spec, plan.chosen
     active = spec.active_parameters
     tokens = 2 * calibration.count + 2 * held_out.count
@@ -62,6 +70,14 @@ def estimate(checkpoint: Checkpoint, plan: Plan, calibration: Tokens, held_out: 
     seconds += (2 * checkpoint.bytes + pruned_bytes + base_bytes + chosen.file_bytes) / _COPY_BYTES_PER_SECOND
     if quantized:
         seconds += pruned_spec.parameters / (_QUANTIZE_WEIGHTS_PER_SECOND_AND_CORE * (os.cpu_count() or 1))
+    memory = 0
+    if tool == "auto-round":
+        seconds += 2 * active * _TUNED_TOKENS * _TUNED_FORWARDS * iters / (_matmul_rate() * _FORWARD_EFFICIENCY)
+    elif tool == "gptqmodel":
+        seconds += pruned_spec.parameters / (_GPTQ_WEIGHTS_PER_SECOND_AND_CORE * (os.cpu_count() or 1))
+    if tool in ("auto-round", "gptqmodel"):
+        memory = worker.needed_bytes(pruned_spec)
+        seconds += 2 * active * 2 * calibration.count / (_matmul_rate() * _FORWARD_EFFICIENCY)
     reference = 4 * held_out.input_ids.size * min(spec.vocab_size, 512)
     disk = disk_bytes(checkpoint, calibration, held_out) + reference + pruned_bytes + base_bytes + chosen.file_bytes
     layer = max(
@@ -70,4 +86,4 @@ def estimate(checkpoint: Checkpoint, plan: Plan, calibration: Tokens, held_out: 
     )
     head = spec.vocab_size * (spec.hidden_size + 3 * 2048)  # the head in fp32 and the log-probabilities of a part
     batch = TOKENS_PER_BATCH * (spec.hidden_size * 12 + spec.expert_intermediate_size * 4)
-    return Estimate(seconds, round(disk * 1.05), _BASE_MEMORY_BYTES + 4 * max(layer + batch, head))
+    return Estimate(seconds, round(disk * 1.05), max(memory, _BASE_MEMORY_BYTES + 4 * max(layer + batch, head)))

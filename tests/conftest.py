@@ -35,6 +35,37 @@ def make_model(
     return folder
 
 
+def make_glm4(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, mtp: bool = True, **changes) -> Path:
+    """Saves a random GLM-4.x MoE as it is published: the correction bias in fp32, large enough to change choices, and
+    with ``mtp`` an MTP layer behind the main ones, which transformers' class does not save."""
+    from mla_models import mtp_tensors
+    from safetensors.torch import load_file, save_file
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    from reapc.arch import load_config, model_spec
+
+    torch.manual_seed(seed)
+    settings = dict(
+        hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, n_routed_experts=12, num_experts_per_tok=3, n_shared_experts=1,
+        first_k_dense_replace=1, vocab_size=256, max_position_embeddings=512, norm_topk_prob=True,
+        routed_scaling_factor=2.5, use_qk_norm=True, initializer_range=0.2, num_nextn_predict_layers=int(mtp),
+    )  # fmt: skip
+    model = Glm4MoeForCausalLM(Glm4MoeConfig(**{**settings, **changes}))
+    model.to(dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = torch.randn(buffer.shape) * 0.3
+    model.save_pretrained(folder)
+    if mtp:
+        tensors = load_file(folder / "model.safetensors")
+        for tensor in mtp_tensors(model_spec(load_config(folder))):
+            kind = torch.float32 if tensor.name.endswith("e_score_correction_bias") else dtype
+            tensors[tensor.name] = (torch.randn(tensor.shape) * 0.02).to(kind)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def make_tokens(sequences: int, length: int, vocab: int = 256, seed: int = 0, padded: bool = False) -> Tokens:
     """Random token ids; ``padded`` hides the end of every other sequence."""
     random = np.random.default_rng(seed)
@@ -49,3 +80,8 @@ def make_tokens(sequences: int, length: int, vocab: int = 256, seed: int = 0, pa
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_glm4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_glm4(tmp_path_factory.mktemp("tiny-glm4"))

@@ -45,6 +45,7 @@ def build(config: dict[str, Any], where: str) -> ModelSpec:
         gguf_arch="glm4moe",
         mtp_layers=parts.stack("model.layers", [sparse] * mtp, d.count),
         mtp_outer=tuple(group for i in range(mtp) for group in _mtp_outer(d.count + i, d.hidden, d.vocab)),
+        mtp_count_keys=("num_nextn_predict_layers",) if mtp else (),
         shared_experts=shared,
         norm_topk=d.flag("norm_topk_prob", True),
         n_group=d.number("n_group", 1),

@@ -186,6 +186,7 @@ class ModelSpec:
     gguf_arch: str | None  # None: llama.cpp does not know it
     mtp_layers: tuple[LayerSpec, ...] = ()
     mtp_outer: tuple[TensorGroup, ...] = ()
+    mtp_count_keys: tuple[str, ...] = ()  # where the config counts MTP layers; dotted where nested
     vision_parameters: int = 0
     gguf_extra: tuple[GgufPart, ...] = ()  # what the converter adds that no tensor on disk becomes
     shared_experts: int = 0

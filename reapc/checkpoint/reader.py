@@ -1,90 +1,135 @@
-"""A checkpoint folder: which tensor lies in which shard, and tensors one at a time (mapped, not copied)."""
+"""A checkpoint folder: validated against its config, weights one at a time, quantized ones decoded."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from reapc.arch import ModelSpec, load_config, model_spec
-from reapc.checkpoint.safetensors_file import TensorEntry, read_header
-from reapc.errors import ReapcError
+from reapc.arch import ModelSpec, TensorSpec, load_config, model_spec
+from reapc.checkpoint.packing import Packing
+from reapc.checkpoint.quantization import quantization_of
+from reapc.checkpoint.shards import INDEX, Shards
+from reapc.errors import CannotBeDone, ReapcError
+from reapc.formats.layout import linear_modules, tensors_of
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
 _SAMPLE = 1 << 20
 _SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_NAMED = 3  # of several tensors that are wrong, how many a message names
 
 
-class Checkpoint:
-    """Read access to a folder with config.json and safetensors; validated on opening."""
+class PackedLinear(NamedTuple):
+    """A quantized linear: the tensors that it lies in, by the end of their names, and how to read them."""
+
+    packing: Packing
+    rows: int
+    columns: int
+    parts: dict[str, str]
+
+
+class Checkpoint(Shards):
+    """Read access to a folder with config.json and safetensors; validated on opening.
+
+    A quantized checkpoint (``quantization`` says how, None elsewhere) is read as if it were a plain one: ``tensor`` of
+    a weight decodes it. Every tensor that its config implies must be there, with its shape, and none beside them in the
+    decoder layers: an expert that is not found would otherwise be a random one."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         if not folder.is_dir():
             raise ReapcError(f"{folder}: no such folder", hint="a checkpoint is a folder with config.json")
         self.config = load_config(folder)
         self.spec: ModelSpec = model_spec(self.config, str(folder / "config.json"))
-        self.shards = self._find_shards()
-        self.metadata: dict[str, dict[str, str]] = {}
-        self.entries: dict[str, TensorEntry] = {}
-        self.shard_of: dict[str, Path] = {}
-        for shard in self.shards:
-            entries, self.metadata[shard.name] = read_header(shard)
-            for name, entry in entries.items():
-                if name in self.entries:
-                    raise ReapcError(f"{shard}: tensor {name!r} is also in {self.shard_of[name].name}")
-                self.entries[name] = entry
-                self.shard_of[name] = shard
-        self._check_names()
-        self._open: dict[Path, Any] = {}
-
-    def _find_shards(self) -> list[Path]:
-        index = self.folder / INDEX
-        if not index.is_file():
-            single = self.folder / "model.safetensors"
-            if not single.is_file():
-                raise ReapcError(f"{self.folder}: neither model.safetensors nor {INDEX} is here")
-            return [single]
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            names = sorted({str(name) for name in weight_map.values()})
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ReapcError(f"{index}: no readable weight_map ({error})", hint="download it again") from error
-        shards = []
-        for name in names:
-            path = self.folder / name
-            if Path(name).name != name or name in ("", ".", ".."):
-                raise ReapcError(
-                    f"{index}: weight_map names {name!r}, which is outside the checkpoint folder",
-                    hint="shards must lie beside the index; do not use this checkpoint",
-                )
-            if not path.is_file():
-                raise ReapcError(f"{index}: names the shard {name!r}, which is missing", hint="download it")
-            shards.append(path)
-        return shards
+        self.quantization = quantization_of(self.config, str(folder / "config.json"))
+        super().__init__(folder)
+        self.packed: dict[str, PackedLinear] = {}
+        if self.quantization is None:
+            self._check_names()
+        else:
+            self._check_quantized()
 
     def _check_names(self) -> None:
         """Every tensor that the config implies must be there, with its shape."""
-        where = self.folder
         for tensor in self.spec.tensors():
             entry = self.entries.get(tensor.name)
             if entry is None:
-                raise ReapcError(f"{where}: tensor {tensor.name!r} is missing", hint="the download is incomplete")
-            if entry.shape != tensor.shape:
-                raise ReapcError(
-                    f"{self.shard_of[tensor.name]}: tensor {tensor.name!r} has shape {list(entry.shape)}, "
-                    f"config.json implies {list(tensor.shape)}"
-                )
+                raise ReapcError(f"{self.folder}: tensor {tensor.name!r} is missing", hint="the download is incomplete")
+            self._check_shape(tensor.name, tensor.shape)
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of all tensors on disk."""
-        return sum(entry.bytes for entry in self.entries.values())
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        found = self.entries[name].shape
+        if found != shape:
+            raise ReapcError(
+                f"{self.shard_of[name]}: tensor {name!r} has shape {list(found)}, config.json implies {list(shape)}"
+            )
+
+    def _check_quantized(self) -> None:
+        """The same for the parts of quantized linears, whose dtypes count too; and nothing unexpected."""
+        expected: set[str] = set()
+        missing: list[str] = []
+        for tensor, group in tensors_of(self.spec):
+            packing = self._packing_of(tensor, group.expert_axis is not None) if group.linears else None
+            if packing is None:
+                expected.add(tensor.name)
+                if tensor.name not in self.entries:
+                    missing.append(tensor.name)
+                else:
+                    self._check_shape(tensor.name, tensor.shape)
+                continue
+            ((module, (rows, columns)),) = linear_modules(tensor, group, 0)
+            if reason := packing.misfit(rows, columns):
+                raise ReapcError(f"{self.folder / 'config.json'}: quantization_config: {module}: {reason}")
+            parts = packing.parts(module, rows, columns, self.entries)
+            self.packed[tensor.name] = PackedLinear(
+                packing, rows, columns, {part.suffix: f"{module}.{part.suffix}" for part in parts}
+            )
+            for part in parts:
+                name = f"{module}.{part.suffix}"
+                expected.add(name)
+                if name not in self.entries:
+                    missing.append(name)
+                    continue
+                self._check_shape(name, part.shape)
+                if self.entries[name].dtype not in part.dtypes:
+                    raise ReapcError(
+                        f"{self.shard_of[name]}: tensor {name!r} is {self.entries[name].dtype}, quantization_config "
+                        f"({packing}) implies {' or '.join(part.dtypes)}"
+                    )
+        prefixes = tuple(f"{layer.prefix}." for layer in self.spec.layers)
+        outer = {tensor.module for tensor in self.spec.outer_tensors}
+        unexpected = [
+            name
+            for name in self.entries
+            if name not in expected and (name.startswith(prefixes) or name.rpartition(".")[0] in outer)
+        ]
+        if missing or unexpected:
+            said = [f"{what} {listed(names)}" for what, names in (("misses", missing), ("has", unexpected)) if names]
+            raise ReapcError(
+                f"{self.folder}: the checkpoint is not what its quantization_config says: it {'; it '.join(said)}"
+                + (", which nothing would read" if unexpected else ""),
+                hint="quantize or download it again; loaded by force, the weights of such modules would be random",
+            )
+
+    def _packing_of(self, tensor: TensorSpec, fused: bool) -> Packing | None:
+        assert self.quantization is not None
+        if fused:
+            raise CannotBeDone(
+                f"{self.folder}: {tensor.name}: this version reads quantized experts that are stored one by one",
+                hint="take its 16 bit original",
+            )
+        return self.quantization.packing(tensor.module)
+
+    def refuse_quantized(self, what: str) -> None:
+        """CannotBeDone where the checkpoint is quantized; ``what`` takes 16 or 32 bit ("pruning")."""
+        if self.quantization is not None:
+            raise CannotBeDone(
+                f"{self.folder / 'config.json'}: quantization_config: the checkpoint is quantized "
+                f"({self.quantization.method}): {what} takes weights in 16 or 32 bit",
+                hint="take its 16 bit original",
+            )
 
     @cached_property
     def digest(self) -> str:
@@ -114,14 +159,26 @@ class Checkpoint:
         return result.hexdigest()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as stored, mapped from the file (its pages are the file's, not anonymous memory)."""
-        from safetensors import safe_open
+        """The tensor as stored, mapped from the file; of a quantized linear's weight, what it means, in float32."""
+        if name not in self.packed:
+            return self.stored_tensor(name)
+        from reapc.checkpoint.decode import decode
 
-        shard = self.shard_of[name]
-        if shard not in self._open:
-            self._open[shard] = safe_open(shard, framework="pt")
-        result: torch.Tensor = self._open[shard].get_tensor(name)
-        return result
+        linear = self.packed[name]
+        parts = {suffix: self.stored_tensor(part) for suffix, part in linear.parts.items()}
+        if "g_idx" in parts:
+            groups, order = parts["scales"].shape[0], parts["g_idx"]
+            if bool((order < 0).any()) or bool((order >= groups).any()):
+                raise ReapcError(f"{self.where(name)}: tensor {linear.parts['g_idx']!r} names no group of {groups}")
+        return decode(parts, linear.packing, linear.rows, linear.columns)
+
+    def dtype_of(self, name: str) -> str:
+        """The safetensors dtype of what ``tensor(name)`` gives."""
+        return "F32" if name in self.packed else self.entries[name].dtype
+
+    def where(self, name: str) -> Path:
+        """The shard that the tensor, or the packed weights of a linear, lie in."""
+        return self.shard_of[next(iter(self.packed[name].parts.values())) if name in self.packed else name]
 
     def checked_tensor(self, name: str) -> torch.Tensor:
         """``tensor(name)``, refused by name when it holds NaN or infinity."""
@@ -132,11 +189,13 @@ class Checkpoint:
             low, high = torch.aminmax(tensor)
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 raise ReapcError(
-                    f"{self.shard_of[name]}: tensor {name!r} holds NaN or infinite weights",
+                    f"{self.where(name)}: tensor {name!r} holds NaN or infinite weights",
                     hint="the checkpoint is damaged; scores and quantization would be meaningless",
                 )
         return tensor
 
-    def close(self) -> None:
-        """Drops the mappings."""
-        self._open.clear()
+
+def listed(names: list[str]) -> str:
+    """The first few of ``names``, and how many there are."""
+    text = ", ".join(map(repr, names[:_NAMED]))
+    return f"{text} and {len(names) - _NAMED} more" if len(names) > _NAMED else text

@@ -36,7 +36,7 @@ def command(
     from reapc.checkpoint.source import fetch
     from reapc.cli.progress import make_progress
     from reapc.observe.scores import load_scores
-    from reapc.prune.criteria import check_kept, choose, kept_count
+    from reapc.prune.criteria import check_kept, choose, groups_of, kept_count
     from reapc.prune.rewrite import check_scores, prune
     from reapc.units import format_bytes
 
@@ -48,7 +48,7 @@ def command(
     check_kept(kept, spec.num_experts, spec.top_k)
     scores = load_scores(scores_file)
     check_scores(scores, checkpoint, scores_file)
-    chosen = choose(scores, criterion, kept)
+    chosen = choose(scores, criterion, kept, groups_of(spec))
     size = prune(checkpoint, chosen, out, make_progress())
     if as_json:
         dropped = {str(i): sorted(set(range(spec.num_experts)) - set(kept_)) for i, kept_ in chosen.items()}

@@ -1,4 +1,5 @@
-"""``reapc quantize MODEL --format Q4_K_M --out FILE``: a checkpoint as a quantized GGUF file."""
+"""``reapc quantize MODEL --format FORMAT --out PATH``: a checkpoint as a quantized GGUF file, or as one that vLLM
+serves."""
 
 from __future__ import annotations
 
@@ -6,43 +7,88 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from reapc.errors import ReapcError
 
+if TYPE_CHECKING:
+    from reapc.formats.weights import WeightFormat
+
+SEQUENCES, LENGTH = 128, 512
+
 
 @click.command("quantize")
 @click.argument("model")
 @click.option("--revision", help="Revision of a hub model.")
-@click.option("--format", "ftype", required=True, help="A llama.cpp type: Q4_K_M, Q3_K_M, IQ4_XS, Q8_0, BF16 ...")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The .gguf file to write.")
-@click.option("--data", default="auto", help="Calibration for the imatrix: as in `reapc observe`.")
-@click.option("--tokens", type=click.Path(path_type=Path), help="safetensors with input_ids for the imatrix.")
-@click.option("--imatrix/--no-imatrix", default=True, help="Weigh the rounding by observed inputs.")
-@click.option("--pre-tokenizer", help="Name of llama.cpp's pre-tokenizer, when it does not know the model's.")
+@click.option(
+    "--format", "name", required=True,
+    help="A format of `reapc formats`: Q4_K_M, IQ4_XS, BF16 ... (GGUF); auto-round-w4g128, gptq-w4g128, ct-w4g128, "
+    "fp8-block, auto-round-w4g32+attention=8 ... (for vLLM).",
+)  # fmt: skip
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The .gguf file or the folder to write.")
+@click.option("--data", default="auto", help="Calibration text: as in `reapc observe`.")
+@click.option("--tokens", type=click.Path(path_type=Path), help="safetensors with input_ids for the calibration.")
+@click.option(
+    "--method", type=click.Choice(["auto", "auto_round", "gptq", "fp8"]), default="auto",
+    help="Whose quantizer writes it, where several can: auto_round writes gptq formats too.",
+)  # fmt: skip
+@click.option(
+    "--iters", type=click.IntRange(min=0), help="AutoRound's tuning steps (default 200; 0: round to nearest)."
+)
+@click.option("--imatrix/--no-imatrix", default=True, help="GGUF: weigh the rounding by observed inputs.")
+@click.option("--pre-tokenizer", help="GGUF: llama.cpp's pre-tokenizer, when it does not know the model's.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary.")
 def command(
     model: str,
     revision: str | None,
-    ftype: str,
+    name: str,
     out: Path,
     data: str,
     tokens: Path | None,
+    method: str,
+    iters: int | None,
     imatrix: bool,
     pre_tokenizer: str | None,
     as_json: bool,
 ) -> None:
-    """Convert MODEL (a folder or a hub id) to GGUF and quantize it with llama.cpp's own tools."""
-    from reapc.checkpoint.source import fetch
-    from reapc.formats.gguf import check_format
+    """Quantize MODEL (a folder or a hub id, in 16 bit): with llama.cpp's own tools to GGUF, with AutoRound, GPTQModel
+    or a plain cast to FP8 for vLLM."""
+    from reapc.planner.question import check_format
 
-    fmt = check_format(ftype)
+    engine, canonical = check_format(name)
     if out.exists():
         raise ReapcError(f"{out}: exists already", hint="remove it or choose another name")
     if tokens is not None and data != "auto":
         raise ReapcError("--data and --tokens are both given", hint="remove one of them")
-    folder = fetch(model, revision, Path("."))
+    from reapc.checkpoint.source import fetch
+    from reapc.formats import weights
+
+    source = str(tokens) if tokens is not None else data
+    sequences = 1 << 30 if tokens is not None else SEQUENCES
+    fmt = weights.parse(canonical)
+    if engine == "llama.cpp" or fmt is None or not fmt.quantized:  # bf16 and fp16 in any case: a GGUF in 16 bit
+        ftype = canonical.upper().replace("FP16", "F16")
+        if method != "auto" or iters is not None:
+            raise ReapcError(f"--method and --iters mean nothing for {ftype}, which llama.cpp's quantizer writes")
+        summary = _to_gguf(fetch(model, revision, Path(".")), out, ftype, source, sequences, imatrix, pre_tokenizer)
+    else:
+        if pre_tokenizer is not None:
+            raise ReapcError(f"--pre-tokenizer is for GGUF, and {canonical} is not a GGUF type")
+        folder = fetch(model, revision, Path("."))
+        summary = _to_checkpoint(folder, out, fmt, source, sequences, method, iters)
+    if as_json:
+        click.echo(json.dumps(summary))
+        return
+    click.echo(f"{out}: {summary['format']}, {summary['bytes']:,} bytes")
+    if "starved" in summary and summary["starved"]["count"]:
+        click.echo(summary["starved"]["summary"])
+
+
+def _to_gguf(
+    folder: Path, out: Path, fmt: str, data: str, sequences: int, imatrix: bool, pre_tokenizer: str | None
+) -> dict[str, Any]:
     from reapc.checkpoint.atomic import make_folder, require_room
     from reapc.checkpoint.reader import Checkpoint
     from reapc.cli.progress import make_progress
@@ -62,16 +108,50 @@ def command(
             gguf.convert(folder, work / "base.gguf", "bf16", pre_tokenizer, log=progress.log)
             matrix = None
             if imatrix:
-                source = str(tokens) if tokens is not None else data
-                sequences = 1 << 30 if tokens is not None else 128
-                calibration = load_data(folder, source, Path("."), 512, sequences, 0, checkpoint.spec.vocab_size)
+                vocab = checkpoint.spec.vocab_size
+                calibration = load_data(folder, data, Path("."), LENGTH, sequences, 0, vocab)
                 scores = observe(checkpoint, calibration, work / "observe", progress)
                 matrix = work / "imatrix.gguf"
-                write_from_scores(matrix, scores, calibration)
+                write_from_scores(matrix, scores, calibration, str(checkpoint.spec.gguf_arch))
             threads = os.cpu_count() or 1
             gguf.quantize(work / "base.gguf", out, fmt, matrix, threads=threads, log=progress.log)
-    size = out.stat().st_size
-    if as_json:
-        click.echo(json.dumps({"output": str(out), "format": fmt, "bytes": size}))
-    else:
-        click.echo(f"{out}: {fmt}, {size:,} bytes")
+    return {"output": str(out), "format": fmt, "bytes": out.stat().st_size}
+
+
+def _to_checkpoint(
+    folder: Path, out: Path, fmt: WeightFormat, data: str, sequences: int, method: str, iters: int | None
+) -> dict[str, Any]:
+    from reapc.checkpoint.reader import Checkpoint
+    from reapc.cli.progress import make_progress
+    from reapc.formats import weights
+    from reapc.observe.corpus import load_data
+    from reapc.observe.observe import observe
+    from reapc.probes import Host, available_ram
+    from reapc.quantize import checkpoint as quantizer
+    from reapc.quantize.source import refuse_quantized
+    from reapc.quantize.starved import starved
+    from reapc.verify.quantized import check_quantized
+
+    checkpoint, progress = Checkpoint(folder), make_progress()
+    refuse_quantized(checkpoint.config, folder)
+    if reason := weights.misfit(fmt, checkpoint.spec):
+        raise ReapcError(f"{folder}: {fmt.name}: {reason}", hint=weights.dividing_groups(fmt, checkpoint.spec))
+    writer = quantizer.writer_for(fmt, method)
+    if iters is not None and writer.tool != "auto-round":
+        raise ReapcError(f"--iters is AutoRound's, and {writer.tool} writes {fmt.name}")
+    quantizer.versions(writer)
+    quantizer.require_memory(checkpoint.spec, writer, available_ram(Host(), []))
+    tokens = load_data(folder, data, Path("."), LENGTH, sequences, 0, checkpoint.spec.vocab_size)
+    threads = os.cpu_count() or 1
+    facts = quantizer.quantize(folder, out, fmt, tokens, progress, method=method, iters=iters, threads=threads)
+    report = check_quantized(out, fmt, checkpoint.spec, original=checkpoint)
+    summary = {
+        "output": str(out), "format": fmt.name, "bytes": Checkpoint(out).bytes,
+        "predicted_bytes": weights.checkpoint_bytes(fmt, checkpoint.spec),
+        "expert_bits": weights.expert_bits(fmt, checkpoint.spec),
+        "quantizer": facts, "reload": report.to_json(),
+    }  # fmt: skip
+    if writer.tool != "reapc":
+        with tempfile.TemporaryDirectory(prefix="reapc-quantize-") as work:
+            summary["starved"] = starved(observe(checkpoint, tokens, Path(work) / "observe", progress, moments=False))
+    return summary

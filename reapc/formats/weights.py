@@ -162,9 +162,11 @@ def gptq_linear_bytes(rows: int, columns: int, bits: int, group_size: int, *, g_
 
 
 def compressed_tensors_linear_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
-    """weight_packed int32 (out, ceil(in / (32 // bits))), weight_scale 16 bit (out, groups), weight_shape 2 x int64."""
-    per_word = 32 // bits
-    return -(-columns // per_word) * rows * 4 + rows * _groups(columns, group_size) * 2 + 16
+    """weight_packed int32 (out, ceil(in * bits / 32)), weight_scale 16 bit (out, groups), weight_shape 2 x int64.
+
+    Packed densely across words, as compressed-tensors 0.20 writes and vLLM 0.32 and 0.33 read it; 0.17 and older left
+    the bits of a word that no whole weight fills (3, 5, 6 and 7 bits) empty."""
+    return -(-columns * bits // 32) * rows * 4 + rows * _groups(columns, group_size) * 2 + 16
 
 
 def fp8_linear_bytes(rows: int, columns: int, block: int = FP8_BLOCK) -> int:

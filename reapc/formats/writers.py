@@ -19,7 +19,8 @@ class Writer(NamedTuple):
 
 # The first writer of a method is the one that is taken when the recipe names none.
 WRITERS: dict[Method, tuple[Writer, ...]] = {
-    "auto-round": (Writer("auto-round", "auto_round", (2, 3, 4, 5, 6, 7, 8)),),
+    # 5 to 7 bits: vLLM has kernels, but AutoRound 0.16 packs none of them in its own layout
+    "auto-round": (Writer("auto-round", "auto_round", (2, 3, 4, 8)),),
     "ct": (Writer("auto-round", "llm_compressor", (2, 3, 4, 5, 6, 7, 8)),),
     "gptq": (Writer("gptqmodel", "gptq", (4, 8)), Writer("auto-round", "auto_gptq", (4, 8))),
     "fp8": (Writer("reapc", "compressed-tensors", (8,)),),

@@ -172,6 +172,16 @@ def from_recipe(
             f"serve.context = {serve.context}: the model knows {spec.max_context} positions",
             hint=f"at most {spec.max_context}",
         )
+    if serve.speculative == "mtp" and not spec.mtp_layers:
+        raise ReapcError(
+            f'serve.speculative = "mtp": {model} stores no multi-token-prediction layers that reapc knows',
+            hint='remove it, or set "none"',
+        )
+    if serve.speculative == "mtp" and buildable:
+        raise CannotBeDone(
+            'serve.speculative = "mtp": `reapc build` of this version leaves MTP layers out of what it writes',
+            hint='set "none"; `reapc plan` counts what they would need',
+        )
     counts = kept_counts(
         spec,
         ratio=None if prune.ratio == "auto" else prune.ratio,
@@ -256,7 +266,7 @@ def _named_pairs(recipe: Recipe, spec: ModelSpec) -> tuple[tuple[EngineName, str
 
 
 def _with_mixed(pairs: tuple[tuple[EngineName, str], ...], mixed: dict[str, int]) -> tuple[tuple[EngineName, str], ...]:
-    """The vLLM formats with the other widths that quantize.mixed asks for; those that have no such width are left out."""
+    """The vLLM formats with the other widths that quantize.mixed asks for; those without such a width are left out."""
     if not mixed:
         return pairs
     suffix = "".join(f"+{part}={bits}" for part, bits in mixed.items())

@@ -6,6 +6,7 @@ from math import floor
 
 import numpy as np
 
+from reapc.arch import ModelSpec
 from reapc.errors import ReapcError
 from reapc.observe.scores import Scores
 
@@ -34,20 +35,29 @@ def check_kept(kept: int, num_experts: int, top_k: int) -> None:
         )
 
 
-def choose(scores: Scores, criterion: str, kept: int) -> dict[int, list[int]]:
-    """The experts kept in each MoE layer, in their original order; ties go to the lower index."""
+def groups_of(spec: ModelSpec) -> int:
+    """Groups that must keep equal counts: the router's where it looks into some of them only, else 1."""
+    return spec.n_group if spec.topk_group < spec.n_group else 1
+
+
+def choose(scores: Scores, criterion: str, kept: int, groups: int = 1) -> dict[int, list[int]]:
+    """The experts kept in each MoE layer, in their original order; ties go to the lower index.
+
+    ``groups`` (see ``groups_of``): so many equal runs of neighbours each keep kept / groups of their own."""
+    if kept % groups:
+        raise ReapcError(f"{kept} experts do not divide into {groups} groups", hint=f"a multiple of {groups} is needed")
     chosen = {}
     for layer in scores.layers:
-        values = scores.layer(layer)[CRITERIA[criterion]]
-        order = np.argsort(-values, kind="stable")
-        chosen[layer] = sorted(int(e) for e in order[:kept])
+        values = scores.layer(layer)[CRITERIA[criterion]].reshape(groups, -1)
+        order = np.argsort(-values, axis=1, kind="stable")[:, : kept // groups]
+        chosen[layer] = sorted((order + np.arange(groups)[:, None] * values.shape[1]).ravel().tolist())
     return chosen
 
 
-def dropped_share(scores: Scores, criterion: str, kept: int) -> float:
+def dropped_share(scores: Scores, criterion: str, kept: int, groups: int = 1) -> float:
     """Mean over layers of the share of routed saliency (sum of gate weight x norm) that leaves with the dropped."""
     shares = []
-    for layer, experts in choose(scores, criterion, kept).items():
+    for layer, experts in choose(scores, criterion, kept, groups).items():
         mass = scores.layer(layer)["gate_norm_sum"]
         shares.append(1 - mass[experts].sum() / max(mass.sum(), 1e-300))
     return float(np.mean(shares))

@@ -161,19 +161,22 @@ def write_imatrix(
 
 
 @functools.cache
-def _name_map(layers: int) -> gguf.TensorNameMap:
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, layers)
+def _name_map(arch: str, layers: int) -> gguf.TensorNameMap:
+    found = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
+    if found is None:
+        raise CannotBeDone(f"llama.cpp's gguf package knows no architecture {arch!r}")
+    return gguf.get_tensor_name_map(found, layers)
 
 
-def imatrix_name(hf_module: str) -> str:
-    """The GGUF tensor of a linear layer of qwen3_moe, e.g. ``blk.3.attn_q.weight``.
+def imatrix_name(hf_module: str, arch: str = "qwen3moe") -> str:
+    """The GGUF tensor of a linear layer, e.g. ``blk.3.attn_q.weight``; ``arch`` is llama.cpp's name of the family.
 
     An expert's module (``model.layers.3.mlp.experts.7.up_proj``) and the stacked one
     (``model.layers.3.mlp.experts.up_proj``) both name the stack ``blk.3.ffn_up_exps.weight``.
     """
     merged = re.sub(r"\.experts\.\d+\.", ".experts.", hf_module.removesuffix(".weight"))
     layer = re.search(r"\.layers\.(\d+)\.", merged)
-    name = _name_map(int(layer.group(1)) + 1 if layer else 1).get_name(merged)
+    name = _name_map(arch, int(layer.group(1)) + 1 if layer else 1).get_name(merged)
     if name is None:
-        raise ReapcError(f"{hf_module}: llama.cpp's qwen3moe has no tensor of this name")
+        raise ReapcError(f"{hf_module}: llama.cpp's {arch} has no tensor of this name")
     return f"{name}.weight"

@@ -75,5 +75,6 @@ class StreamedExperts(nn.Module):
             gate = gates[pairs]
             if self.observer is not None:
                 self.observer.routed(expert, inputs, activated, outputs, gate)
-            result.index_add_(0, tokens, outputs * gate[:, None])
+            # Sigmoid routers give fp32 gates in a 16-bit model too; the class rounds the product likewise.
+            result.index_add_(0, tokens, (outputs * gate[:, None]).to(result.dtype))
         return result

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.stream.experts import ExpertWeights, LayerObserver, StreamedExperts
+from reapc.stream.families import ExpertNames, check_family, expert_names
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 Forward = Callable[[torch.Tensor, torch.Tensor | None, LayerObserver | None], torch.Tensor]
@@ -38,6 +39,7 @@ class StreamedModel:
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> None:
+        check_family(checkpoint.spec, str(checkpoint.folder))
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self._observer: LayerObserver | None = None
@@ -47,10 +49,10 @@ class StreamedModel:
         self.dtype = dtype
         self.device = torch.device(device)
         for tensor in self.spec.tensors():
-            found = checkpoint.entries[tensor.name].dtype
+            found = checkpoint.dtype_of(tensor.name)
             if found not in FLOAT_DTYPES:
                 raise CannotBeDone(
-                    f"{checkpoint.shard_of[tensor.name]}: tensor {tensor.name!r} is stored as {found}",
+                    f"{checkpoint.where(tensor.name)}: tensor {tensor.name!r} is stored as {found}",
                     hint=f"this version observes checkpoints in {', '.join(FLOAT_DTYPES)}",
                 )
         config = AutoConfig.from_pretrained(checkpoint.folder)
@@ -60,24 +62,28 @@ class StreamedModel:
             skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self._body = skeleton.get_decoder()
         self._rotary = type(self._body.rotary_emb)(config).to(self.device)
-        self._norm = self._load(self._body.norm, "model.norm").requires_grad_(False)
+        # Names on disk by role; the final norm's is a module's.
+        self._outer = {tensor.role: tensor.name for tensor in self.spec.outer_tensors}
+        self._norm = self._load(self._body.norm, self._outer["norm"].rsplit(".", 1)[0]).requires_grad_(False)
 
     def _load(self, module: nn.Module, prefix: str) -> nn.Module:
-        """``module`` with its weights from ``prefix``; any missing or unexpected key is an error of ours."""
+        """``module`` with its weights from ``prefix``; any missing or unexpected key is an error of ours.
+
+        Each takes the dtype that the class gave it: a router's correction bias stays fp32 in a 16-bit model."""
         state = {}
-        for name in module.state_dict():
-            state[name] = self.checkpoint.checked_tensor(f"{prefix}.{name}").to(self.device, self.dtype)
+        for name, empty in module.state_dict().items():
+            state[name] = self.checkpoint.checked_tensor(f"{prefix}.{name}").to(self.device, empty.dtype)
         module.load_state_dict(state, strict=True, assign=True)
         return module.eval()
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(batch, length) ids to (batch, length, hidden)."""
-        table = self.checkpoint.tensor("model.embed_tokens.weight")
+        table = self.checkpoint.tensor(self._outer["embedding"])
         return F.embedding(input_ids, table).to(self.device, self.dtype)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Log-probabilities (tokens, vocabulary) in fp32 of final hidden states (tokens, hidden)."""
-        name = "model.embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight"
+        name = self._outer["embedding" if self.spec.tied_embeddings else "lm_head"]
         logits = F.linear(self._norm(hidden), self.checkpoint.tensor(name).to(self.device, self.dtype))
         return torch.log_softmax(logits.float(), dim=-1)
 
@@ -86,30 +92,33 @@ class StreamedModel:
         for tensor in self.spec.outer_tensors:
             self.checkpoint.checked_tensor(tensor.name)
 
-    def _experts_of(self, index: int) -> dict[int, ExpertWeights]:
-        names: dict[int, dict[str, str]] = {}
-        for tensor in self.spec.layer_tensors(index):
-            if tensor.expert is not None:
-                names.setdefault(tensor.expert, {})[tensor.name.split(".")[-2]] = tensor.name
-        load = self.checkpoint.checked_tensor
-        return {
-            expert: (load(parts["gate_proj"]), load(parts["up_proj"]), load(parts["down_proj"]))
-            for expert, parts in names.items()
-        }
+    def _experts_of(self, prefix: str, names: ExpertNames) -> Callable[[int], ExpertWeights]:
+        """An expert's weights by its number: mapped from the file, or, where they are quantized, decoded whenever they
+        are needed, so that a layer costs no memory beyond one expert either way."""
+
+        def load(expert: int) -> ExpertWeights:
+            gate, up, down = (f"{prefix}.{part.replace('{e}', str(expert))}" for part in names.parts)
+            checked = self.checkpoint.checked_tensor
+            return checked(gate), checked(up), checked(down)
+
+        if self.checkpoint.quantization is not None:
+            return load
+        return [load(expert) for expert in range(self.spec.num_experts)].__getitem__
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Forward]:
         """Yields ``forward(hidden (b, n, h), mask (b, n) or None, observer or None) -> hidden``; the layer is
         dropped afterwards."""
         module = self._body.layers[index]
-        prefix = f"model.layers.{index}"
+        layer = self.spec.layers[index]
+        prefix = layer.prefix
         experts: StreamedExperts | None = None
-        if self.spec.layers[index].is_moe:
-            weights = self._experts_of(index)
-            experts = StreamedExperts(
-                self.spec.num_experts, weights.__getitem__, module.mlp.experts.act_fn, self.dtype, self.device
-            )
-            module.mlp.experts = experts
+        if layer.is_moe:
+            names = expert_names(layer.kind)
+            weights = self._experts_of(prefix, names)
+            activation = module.get_submodule(names.module).act_fn
+            experts = StreamedExperts(self.spec.num_experts, weights, activation, self.dtype, self.device)
+            module.set_submodule(names.module, experts)
         self._load(module, prefix)
         for parameter in module.parameters():
             parameter.requires_grad_(False)

@@ -93,6 +93,18 @@ def read_tokens(path: Path, vocab_size: int) -> Tokens:
     return Tokens(np.where(mask, ids, 0).astype(np.int32), mask, domain, names, path.name)
 
 
+def write_tokens(path: Path, tokens: Tokens) -> None:
+    """Writes what ``read_tokens`` reads."""
+    from safetensors.numpy import save_file
+
+    arrays = {
+        "input_ids": np.ascontiguousarray(tokens.input_ids),
+        "attention_mask": np.ascontiguousarray(tokens.mask),
+        "domain": tokens.domain.astype(np.int32),
+    }
+    save_file(arrays, path, metadata={"domains": json.dumps(tokens.domains)})
+
+
 def _domain_names(path: Path, text: str) -> tuple[str, ...]:
     try:
         names = json.loads(text)
