@@ -21,15 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
 # format, options of reapc quantize
 ROWS = (
-    ("auto-round-w4g32", ()),
+    ("auto-round-w4g32", ("--iters", "50")),
     ("auto-round-w4g32", ("--iters", "0")),
-    ("auto-round-w3g32", ()),
-    ("auto-round-w4g32:experts", ()),
-    ("auto-round-w4g32+attention=8+layers.0=8", ()),
+    ("auto-round-w3g32", ("--iters", "50")),
+    ("auto-round-w4g32:experts", ("--iters", "0")),
+    ("auto-round-w4g32+attention=8+layers.0=8", ("--iters", "0")),
     ("gptq-w4g32", ()),
-    ("gptq-w4g32", ("--method", "auto_round")),
-    ("ct-w4g32", ()),
-    ("ct-w3g32", ()),
+    ("gptq-w4g32", ("--method", "auto_round", "--iters", "0")),
+    ("ct-w4g32", ("--iters", "50")),
+    ("ct-w3g32", ("--iters", "0")),
     ("fp8-block", ()),
     ("fp8", ()),
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from reapc.observe.corpus import load_data
 from reapc.observe.observe import observe, observe_reference
 from reapc.observe.reference import read_reference
 from reapc.observe.scores import Scores, load_scores
+from reapc.output import existing_result, place
 from reapc.plan import Plan
 from reapc.planner import prior
 from reapc.planner.search import make_plan
@@ -108,33 +108,6 @@ def _build_key(inputs: _Inputs) -> str:
             "reapc": __version__,
         }
     )
-
-
-def existing_result(out: Path, key: str, recipe_name: str) -> dict[str, Any] | None:
-    """The manifest in ``out`` when it is this very result; None when ``out`` may be written.
-
-    A result of an earlier build of the same recipe may be replaced; anything else is refused, untouched."""
-    if not out.exists():
-        return None
-    refused = ReapcError(
-        f"{out}: holds something else, which is left untouched",
-        hint="choose another folder with --out, or move this one away",
-    )
-    if not out.is_dir():
-        raise refused
-    if not any(out.iterdir()):
-        return None
-    try:
-        manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text())
-        files = {name: int(size) for name, size in manifest["files"].items()}
-        found = {str(p.relative_to(out)): p.stat().st_size for p in out.rglob("*") if p.is_file()}
-        found.pop("manifest.json")
-        ours = manifest["recipe_name"] == recipe_name and set(found) <= set(files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise refused from None
-    if not ours:
-        raise refused
-    return manifest if manifest["key"] == key and found == files else None
 
 
 class Build:
@@ -429,13 +402,13 @@ class Build:
             partial.mkdir(parents=True)
             if result.is_file():
                 name = "model.gguf"
-                _place(result, partial / name)
+                place(result, partial / name)
             else:
                 name = "model"
                 for path in sorted(p for p in result.iterdir() if p.is_file() and not p.name.startswith(".")):
-                    _place(path, partial / name / path.name)
+                    place(path, partial / name / path.name)
             scores.save(partial / "scores.safetensors")
-            _place(reference, partial / "reference.safetensors")
+            place(reference, partial / "reference.safetensors")
             write_tokens(partial / "held_out.safetensors", inputs.held_out)
             plans = {"from_prior": self.first_plan.to_json(), "from_scores": plan.to_json()}
             (partial / "plan.json").write_text(json.dumps(plans, indent=2) + "\n")
@@ -466,15 +439,3 @@ class Build:
             }
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         return manifest
-
-
-def _place(source: Path, target: Path) -> None:
-    """A hard link to a file of the stage cache where the disk allows it, else a copy (the user's own files are
-    always copied, so that editing the result cannot reach them)."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if not source.resolve().is_relative_to(cache_root().resolve()):
-            raise OSError
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -21,19 +21,25 @@ def unpack_stream(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     import torch
 
     rows, width = words.shape
+    if 8 % bits == 0:  # no value crosses a byte, and the lowest byte comes first
+        octets = words.contiguous().view(torch.uint8)
+        shifts = range(0, 8, bits)
+        values = torch.stack([(octets >> shift) & ((1 << bits) - 1) for shift in shifts], -1) if bits < 8 else octets
+        return values.reshape(rows, -1)[:, :count]
     periods = -(-width // bits)
-    words = torch.nn.functional.pad(words, (0, periods * bits - width)).reshape(rows, periods, bits)
-    values = torch.empty(rows, periods, 32, dtype=torch.uint8)
+    padded = torch.nn.functional.pad(words, (0, periods * bits - width))
+    words = (
+        padded.reshape(rows * periods, bits).t().contiguous()
+    )  # one word's place after another: long runs to work on
+    values = torch.empty(32, rows * periods, dtype=torch.uint8)
     for i in range(32):
         word, shift = divmod(i * bits, 32)
         low = 32 - shift  # bits of the value that lie in its first word
-        value = words[:, :, word] >> shift
-        if low >= bits:
-            values[:, :, i] = value & ((1 << bits) - 1)
-        else:
-            rest = words[:, :, word + 1] & ((1 << (bits - low)) - 1)
-            values[:, :, i] = (value & ((1 << low) - 1)) | (rest << low)
-    return values.reshape(rows, periods * 32)[:, :count]
+        value = words[word] >> shift
+        if low < bits:
+            value = (value & ((1 << low) - 1)) | (words[word + 1] << low)
+        values[i] = value & ((1 << bits) - 1)
+    return values.t().reshape(rows, periods * 32)[:, :count]
 
 
 def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:

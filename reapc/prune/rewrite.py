@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,12 +11,11 @@ from reapc.arch import ModelSpec
 from reapc.checkpoint.atomic import atomic_path, require_room
 from reapc.checkpoint.reader import INDEX, Checkpoint
 from reapc.checkpoint.safetensors_file import OutTensor, TensorEntry, write_copied
+from reapc.checkpoint.side_files import copy_side_files
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.observe.scores import Scores
 from reapc.progress import Progress
 from reapc.prune.criteria import groups_of
-
-_OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
 
 
 class _Names:
@@ -142,7 +140,9 @@ def prune(checkpoint: Checkpoint, kept: dict[int, list[int]], out: Path, progres
         )
     with atomic_path(out) as partial:
         partial.mkdir(parents=True)
-        _copy_other_files(checkpoint, partial, progress)
+        copy_side_files(
+            checkpoint, partial, lambda name: progress.log(f"prune: {name} is not copied: it holds unpruned weights")
+        )
         _write_config(checkpoint, counts.pop(), partial)
         written = 0
         with progress.task("prune", total, "B") as advance:
@@ -167,20 +167,6 @@ def _write_config(checkpoint: Checkpoint, count: int, folder: Path) -> None:
             section = section[parent]
         section[last] = value
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _copy_other_files(checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.name.startswith(".") or path.name in (INDEX, "config.json"):
-            continue
-        if path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json"):
-            if path.name not in {shard.name for shard in checkpoint.shards}:
-                progress.log(f"prune: {path.name} is not copied: it holds unpruned weights")
-        elif path.is_dir():
-            ignore = shutil.ignore_patterns(*(f"*{suffix}" for suffix in _OTHER_WEIGHTS))
-            shutil.copytree(path, folder / path.name, ignore=ignore)
-        else:
-            shutil.copy2(path, folder / path.name)
 
 
 def check_scores(scores: Scores, checkpoint: Checkpoint, where: Path) -> None:
