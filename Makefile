@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo test test-all vllm-env vllm-tests lint bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,14 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest
 
+# Environments in which vLLM runs here without a GPU, cached; for tests only.
+vllm-env: $(STAMP)
+	$(BIN)/python tools/vllm_env.py
+
+# vLLM's own parser and kernel selection judge what reapc emits, and a real server answers: about 10 minutes.
+vllm-tests: setup vllm-env
+	REAPC_REQUIRE_VLLM=1 $(BIN)/python -m pytest -m vllm
+
 lint: $(STAMP)
 	$(BIN)/ruff check reapc tests tools benchmarks
 	$(BIN)/ruff format --check reapc tests tools benchmarks
@@ -34,6 +42,7 @@ bench: setup
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/prune_damage.py
 	$(BIN)/python benchmarks/fit.py
+	$(BIN)/python benchmarks/quantizers.py
 
 clean:
 	rm -rf $(VENV) out

@@ -1,20 +1,21 @@
-"""Writes the launch script beside the result."""
+"""Writes the launch script and a small client beside the result."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from reapc.engines.artifact import read_artifact
 from reapc.plan import Plan
 from reapc.recipe import Recipe
 
 
 def write_scripts(folder: Path, plan: Plan, model: str, recipe: Recipe) -> None:
-    """``serve.sh`` for the plan's engine; ``model`` is the artifact's name inside ``folder``."""
-    if plan.chosen.engine == "vllm":
-        from reapc.engines import vllm
+    """``serve.sh`` for the plan's engine and ``client.py``; ``model`` is the artifact's name inside ``folder``."""
+    from reapc.engines import vllm_launch
 
-        text = vllm.serve_script(plan, model, recipe)
+    if plan.chosen.engine == "vllm":
+        text = vllm_launch.serve_script(plan, model, recipe, read_artifact(folder / model))
     else:
         from reapc.engines import llamacpp
         from reapc.toolchain import find_llamacpp
@@ -29,6 +30,7 @@ def write_scripts(folder: Path, plan: Plan, model: str, recipe: Recipe) -> None:
             bindings_hint=str(tools.bindings) if tools.bindings else None,
             lib_hint=str(tools.lib_dir) if tools.lib_dir else None,
         )
-    script = folder / "serve.sh"
-    script.write_text(text)
-    script.chmod(0o755)
+    for name, content in (("serve.sh", text), ("client.py", vllm_launch.client_script(plan, recipe))):
+        script = folder / name
+        script.write_text(content)
+        script.chmod(0o755)

@@ -14,6 +14,7 @@ from reapc.schema import explain_validation, nearest
 from reapc.target import Target, is_target, load_target, make_target
 
 Auto = Literal["auto"]
+PARSER_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Criterion = Literal["reap", "ean", "ean_sum", "frequency", "weighted_sum"]
 
 
@@ -48,6 +49,11 @@ class ServeSection(_Section):
     # vLLM's tensor parallel degree; with a number only vLLM is planned
     tensor_parallel: Auto | Annotated[int, BeforeValidator(_no_bool), Field(ge=1)] = "auto"
     experimental: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    # vLLM's parsers of tool calls and of thoughts; "auto": by the model (engines/parsers.toml)
+    tool_parser: Annotated[str, Field(pattern=PARSER_NAME)] = "auto"
+    reasoning_parser: Annotated[str, Field(pattern=PARSER_NAME)] = "auto"
+    # "mtp": vLLM drafts with the model's own multi-token-prediction layers, whose bytes are then counted
+    speculative: Literal["none", "mtp"] = "none"
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=1, le=65535)
 

@@ -12,7 +12,7 @@ import pytest
 from specs import DATA, demo_spec, qwen30b, recipe_of
 
 from reapc.arch import ModelSpec, known
-from reapc.engines import llamacpp, vllm, vllm_rules
+from reapc.engines import llamacpp, vllm, vllm_launch, vllm_rules
 from reapc.formats import weights
 from reapc.plan import Plan
 from reapc.planner.search import make_plan
@@ -150,7 +150,7 @@ def test_vllm_script(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     fake(tmp_path / "bin", "vllm", RECORD)
     fake(tmp_path / "bin", "nvidia-smi", "echo '0, 99999'; echo '1, 99999'")
-    done, argv = run(vllm.serve_script(plan, "model", recipe), tmp_path, "--extra")
+    done, argv = run(vllm_launch.serve_script(plan, "model", recipe), tmp_path, "--extra")
     assert done.returncode == 0, done.stderr
     assert argv[:2] == ["serve", str(tmp_path / "model")]
     assert argv[argv.index("--kv-cache-dtype") + 1] == "fp8"
@@ -287,7 +287,7 @@ def test_idle_cards_are_listed_and_uneven_stages_are_emitted(tmp_path: Path) -> 
     assert sum(place.layers_per_device) == 48
     for device in place.devices:
         assert device.free_bytes >= 0
-    script = vllm.serve_script(plan, "model", recipe)
+    script = vllm_launch.serve_script(plan, "model", recipe)
     if list(place.layers_per_device) != vllm.stage_layers(48, place.pipeline_parallel):
         assert f"VLLM_PP_LAYER_PARTITION={','.join(map(str, place.layers_per_device))}" in script
 

@@ -17,14 +17,24 @@ PURE = (
     "probes",
 )  # fmt: skip
 PASSES = ("observe", "prune", "quantize", "verify")
-TOP = ("build", "cli", "emit", "estimate", "stages", "inspection")
+TOP = ("build", "cli", "emit", "estimate", "stages", "inspection", "output", "serving")
 HEAVY = ("torch", "transformers")
 FORBIDDEN = {
     **dict.fromkeys(PURE, ("stream", *PASSES, *TOP, "checkpoint")),
     "checkpoint": ("stream", *PASSES, *TOP, "planner", "engines"),
     "stream": (*PASSES, *TOP, "planner", "engines"),
     **dict.fromkeys(PASSES, ("planner", *TOP)),
-    **dict.fromkeys(("build", "emit", "estimate", "stages", "toolchain", "progress", "inspection"), ("cli",)),
+    **dict.fromkeys(
+        ("build", "emit", "estimate", "stages", "toolchain", "progress", "inspection", "output"), ("cli", "serving")
+    ),
+    "serving": (
+        "planner",
+        "engines",
+        "observe.observe",
+        "prune",
+        "quantize",
+        *(part for part in TOP if part != "serving"),
+    ),
 }
 FORBIDDEN["prune"] = FORBIDDEN["observe"] = (*FORBIDDEN["observe"], "verify", "quantize")
 
@@ -97,7 +107,9 @@ def test_pure_parts_never_import_torch(part: str) -> None:
     assert not offences(part, HEAVY)
 
 
-@pytest.mark.parametrize("part", ["cli", "toolchain", "progress", "stages", "emit", "checkpoint", "inspection"])
+@pytest.mark.parametrize(
+    "part", ["cli", "toolchain", "progress", "stages", "emit", "checkpoint", "inspection", "serving"]
+)
 def test_torch_is_imported_late(part: str) -> None:
     assert not offences(part, HEAVY, lazily=False)
 
@@ -121,7 +133,7 @@ def test_nothing_but_main_imports_cli() -> None:
 def test_light_parts_start_without_torch() -> None:
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for part in (*PURE, "checkpoint", "cli", "toolchain", "progress", "emit", "inspection")
+        for part in (*PURE, "checkpoint", "cli", "toolchain", "progress", "emit", "inspection", "serving")
         for path in files_of(part)
     ]
     assert "reapc.planner.search" in modules

@@ -30,6 +30,9 @@ concurrency = 4
 kv_cache = "fp8"
 host = "0.0.0.0"
 port = 9000
+tool_parser = "none"
+reasoning_parser = "qwen3"
+speculative = "mtp"
 [prune]
 method = "ean"
 ratio = 0.125
@@ -82,7 +85,7 @@ def test_defaults(tmp_path: Path) -> None:
         "serve": {
             "engine": "auto", "context": 4096, "concurrency": 1, "kv_cache": "native", "host": "127.0.0.1",
             "port": 8080, "tensor_parallel": "auto",
-            "experimental": (),
+            "experimental": (), "tool_parser": "auto", "reasoning_parser": "auto", "speculative": "none",
         },
         "prune": {"method": "auto", "ratio": "auto", "experts": "auto", "max_ratio": 0.25},
         "quantize": {
@@ -105,7 +108,8 @@ def test_every_key(tmp_path: Path) -> None:
     assert recipe.model.model_dump() == {"source": "./m", "revision": "v2"}
     assert recipe.serve.model_dump() == {
         "engine": "vllm", "context": 8192, "concurrency": 4, "kv_cache": "fp8", "host": "0.0.0.0", "port": 9000,
-        "tensor_parallel": "auto", "experimental": (),
+        "tensor_parallel": "auto", "experimental": (), "tool_parser": "none", "reasoning_parser": "qwen3",
+        "speculative": "mtp",
     }  # fmt: skip
     assert recipe.prune.model_dump() == {"method": "ean", "ratio": 0.125, "experts": "auto", "max_ratio": 0.5}
     assert recipe.quantize.model_dump() == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 
 import click
@@ -20,8 +21,11 @@ COMMANDS = {
     "prune": "Drop the experts with the lowest scores from a checkpoint.",
     "quantize": "Write a checkpoint as a quantized GGUF file.",
     "compare": "Measure KL, top-1 agreement and perplexity of one model against another.",
+    "serve": "Start the server of a build, watch it, and record the memory that it took.",
+    "verify": "Check a build's files, or a running server against the build's reference.",
+    "eval": "Run lm-eval against a running server, or print the commands of other benchmarks.",
     "formats": "List the weight formats: bits per weight, engines, minimum capability.",
-    "targets": "List the hardware targets that reapc knows.",
+    "targets": "List the hardware targets that reapc knows; calibrate one from what servers took.",
     "doctor": "Check the external tools, and install llama.cpp's.",
 }
 
@@ -56,8 +60,14 @@ def cli() -> None:
     """A deployment compiler for Mixture-of-Experts language models."""
 
 
+# GPTQModel brings torchao, transformers imports it where it is, and it complains of kernels that nothing here uses.
+_NOISY = ("torchao", "torch.utils._pytree")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; exit code 0, 1 (it cannot be done) or 2 (the request is wrong)."""
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = cli.main(args=arguments, prog_name="reapc", standalone_mode=False)
     except ReapcError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 import reapc.engines
+from reapc.errors import CannotBeDone, ReapcError
 from reapc.target import ASSUMED_CAPABILITY, ASSUMED_RAM_BANDWIDTH, Target, all_targets, load_target
 from reapc.units import format_bytes
 
@@ -160,11 +161,103 @@ def _print_one(target: Target) -> None:
     _console().print(grid, markup=False)
 
 
-@click.command("targets")
+@click.command("calibrate")
+@click.option("--target", "name", metavar="NAME", help="Only the records of this target.")
+@click.option("--apply", "file", type=click.Path(path_type=Path), metavar="FILE.toml", help="Write the corrected "
+              "target here, for [target] name = \"FILE.toml\" in a recipe.")  # fmt: skip
+@click.option(
+    "--records", "path", type=click.Path(path_type=Path), help="Other records than those of `reapc serve` here."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def calibrate(name: str | None, file: Path | None, path: Path | None, as_json: bool) -> None:
+    """Compare the memory that servers took (recorded by `reapc serve`) with the plans, and correct a target.
+
+    The targets that come with reapc are not changed; a correction is a file of its own."""
+    from reapc.serving import calibrate as work
+    from reapc.serving.records import read_records, records_file
+
+    where = path or records_file()
+    if path is not None and not path.is_file():
+        raise ReapcError(f"{path}: no such file")
+    groups = work.group(read_records(where))
+    if name is not None:
+        groups = {title: records for title, records in groups.items() if name in (title, records[0].target_name)}
+    if not groups:
+        which = f" of the target {name!r}" if name else ""
+        raise CannotBeDone(f"{where}: no record{which}", hint="reapc serve OUT writes one when the server is ready")
+    found = {title: work.corrections(records) for title, records in groups.items()}
+    if as_json:
+        click.echo(json.dumps({title: _calibration_json(groups[title], found[title]) for title in groups}, indent=2))
+    else:
+        for title, records in groups.items():
+            _print_calibration(title, records, found[title])
+    if file is not None:
+        if len(groups) > 1:
+            raise ReapcError(
+                f"--apply {file}: the records are of {len(groups)} targets: {', '.join(groups)}",
+                hint="choose one with --target NAME",
+            )
+        (title,) = groups
+        work.apply(groups[title], found[title], file)
+        click.echo(f'written: {file}; use it with [target] name = "{file}"', err=True)
+
+
+def _calibration_json(records: list[Any], found: list[Any]) -> dict[str, Any]:
+    return {
+        "records": [record.model_dump(mode="json") for record in records],
+        "corrections": [{**vars(item), "corrected_bytes": item.corrected_bytes} for item in found],
+    }
+
+
+def _print_calibration(title: str, records: list[Any], found: list[Any]) -> None:
+    from reapc.cli.serve import table_of
+
+    click.echo(f"{title}: {len(records)} measured run{'s' if len(records) > 1 else ''}")
+    for record in records:
+        click.echo(f"  {record.date}  {record.model}, {record.format}, {record.engine} {record.engine_version}")
+        for line in table_of(record):
+            click.echo(f"    {line}")
+    for item in found:
+        runs = f"{item.records} run{'s' if item.records > 1 else ''}"
+        overhead = ""
+        if item.overhead_measured_bytes is not None:
+            overhead = (
+                f"; overhead {format_bytes(item.overhead_predicted_bytes)} predicted, at most "
+                f"{format_bytes(item.overhead_measured_bytes)} measured"
+            )
+        if item.worst_excess_bytes > 0:
+            click.echo(
+                f"  {item.key}: an engine took {format_bytes(item.worst_excess_bytes)} more than planned ({runs}): "
+                f"{format_bytes(item.usable_bytes)} -> {format_bytes(item.corrected_bytes)}{overhead}"
+            )
+        else:
+            click.echo(
+                f"  {item.key}: no engine took more than planned; the nearest left "
+                f"{format_bytes(-item.worst_excess_bytes)} of what was counted "
+                f"({runs}): {format_bytes(item.usable_bytes)} stays{overhead}"
+            )
+    if not found:
+        click.echo("  nothing was measured that could correct it")
+
+
+class _Targets(click.Command):
+    """``reapc targets [NAME]``, and ``reapc targets calibrate`` with options of its own."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args[:1] == ["calibrate"]:
+            return calibrate.make_context(f"{info_name} calibrate", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command("targets", cls=_Targets)
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str | None, as_json: bool) -> None:
-    """Lists the known targets, or describes the one called NAME (or the target file at that path)."""
+    """Lists the known targets, or describes the one called NAME (or the target file at that path).
+
+    `reapc targets calibrate` corrects a target from the memory that servers really took."""
     if name is None:
         targets = list(all_targets())
         if as_json:

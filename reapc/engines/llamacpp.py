@@ -53,6 +53,8 @@ def refusal(spec: ModelSpec, fmt: str, target: Target, serve: ServeSection, kv: 
     """Why llama.cpp cannot serve this at any expert count, or None."""
     if serve.tensor_parallel != "auto":
         return "serve.tensor_parallel is vLLM's; llama.cpp splits by layer"
+    if serve.speculative != "none":
+        return "serve.speculative is vLLM's: reapc plans llama.cpp without drafts"
     if spec.gguf_arch is None:
         return f"llama.cpp (version {_DATA['version']}) does not know this architecture ({spec.model_type})"
     if (packed := gguf.native_expert_type(spec)) and fmt not in (f"{packed}_MOE", "BF16", "F16", "F32"):

@@ -1,4 +1,4 @@
-"""Renders launch scripts. Every value passes through shlex.quote; comments lose their line breaks."""
+"""Renders launch scripts and clients. Values pass through shlex.quote, or repr in Python; comments lose line breaks."""
 
 from __future__ import annotations
 
@@ -37,5 +37,6 @@ def render(template: str, plan: Plan, model: str, recipe: Recipe, values: dict[s
         trim_blocks=True, lstrip_blocks=True, autoescape=False,
     )  # fmt: skip
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    environment.filters["python"] = lambda value: ascii(str(value))
     environment.filters["comment"] = _comment
     return environment.get_template(template).render(common | values)

@@ -1,4 +1,4 @@
-"""vLLM: what every card holds in each layout that it accepts (``vllm_rules.py``), and its launch script.
+"""vLLM: what every card holds in each layout that it accepts (``vllm_rules.py``); its script is ``vllm_launch.py``.
 
 Read in vLLM 0.33.0 (facts/vllm-legality.md; ``vllm.toml``); none of it was run on a card by us. Weights and KV are
 exact from shapes, the rest is a model and carries its source.
@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from functools import cached_property
 from math import ceil
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from reapc.arch import LayerKind, ModelSpec
 from reapc.arch.spec import DTYPE_BYTES
 from reapc.engines.cache import spread
-from reapc.engines.render import render
 from reapc.engines.split import fill
 from reapc.engines.vllm_rules import DATA, KV_TYPES, Layout, format_refusal, kinds_of, layout_refusal, layouts
 from reapc.formats import weights
 from reapc.formats.weights import WeightFormat
-from reapc.plan import DeviceBytes, Placement, Plan
-from reapc.recipe import Recipe, ServeSection
+from reapc.plan import DeviceBytes, Placement
+from reapc.recipe import ServeSection
 from reapc.target import Target
 
 NAME = "vllm"
@@ -71,12 +70,23 @@ class _Cost(NamedTuple):
     replicated: int  # per-expert bytes that every rank holds for all experts (router rows)
 
 
+class _Draft(NamedTuple):
+    """Bytes of the MTP layers on one card of the last stage."""
+
+    weights: int
+    kv: int
+    state: int
+
+
 class Layouts:
     """Where the bytes of one model in one format go, for any expert count and every legal layout."""
 
     def __init__(self, spec: ModelSpec, fmt: WeightFormat, kv: str, target: Target, serve: ServeSection) -> None:
         self.spec, self.fmt, self.kv, self.target, self.serve = spec, fmt, kv, target, serve
         self._costs: dict[tuple[int, int], list[_Cost]] = {}
+        # with speculative decoding the MTP layers lie whole on the last stage
+        self.drafts = spec.mtp_layers if serve.speculative == "mtp" else ()
+        self._drafting: dict[tuple[int, int], list[_Cost]] = {}
         self.legal: list[tuple[Layout, bool]] = []
         self.reasons: list[str] = []
         for layout in layouts(target, serve.tensor_parallel):
@@ -102,7 +112,8 @@ class Layouts:
 
     @cached_property
     def _checkpoint(self) -> tuple[int, int]:
-        one, two = (weights.checkpoint_bytes(self.fmt, self.spec.with_experts(n)) for n in (1, 2))
+        mtp = bool(self.drafts)
+        one, two = (weights.checkpoint_bytes(self.fmt, self.spec.with_experts(n), mtp=mtp) for n in (1, 2))
         return 2 * one - two, two - one
 
     def weights_bytes(self, kept: int) -> int:
@@ -165,6 +176,26 @@ class Layouts:
                 self._costs.setdefault(key, []).append(known[kind])
         return self._costs[key]
 
+    def _draft(self, layout: Layout, kept: int) -> _Draft:
+        """What the MTP layers add to each card of the last stage: every tensor that the checkpoint stores for them
+        (vLLM may share the embedding and the head, which is not counted on), and a cache like any layer's."""
+        if not self.drafts:
+            return _Draft(0, 0, 0)
+        tp, ep = layout.tp, layout.ep
+        key = (tp, 2 if ep > 1 else 1)
+        if key not in self._drafting:
+            layers = [(layer.kind, layer.index if self.fmt.by_layer else None) for layer in self.drafts]
+            self._drafting[key] = [self._kind_cost(kind, tp, ep, index) for kind, index in layers]
+            heads = self.spec.num_kv_heads
+            outer = sum(weights.shard(self.fmt, group, tp, ep, heads).fixed for group in self.spec.mtp_outer)
+            self._drafting[key].append(_Cost(outer, 0, 0, 0, 0))
+        costs, held = self._drafting[key], -(-kept // ep)
+        return _Draft(
+            sum(c.fixed + c.per_expert * held + c.replicated * kept for c in costs),
+            sum(c.kv for c in costs),
+            sum(c.state for c in costs),
+        )
+
     def _outside(self, layout: Layout) -> tuple[int, int]:
         """Weights outside the layers: on the first stage, and on the last (both where there is one stage)."""
         first = last = 0
@@ -196,9 +227,11 @@ class Layouts:
             for c in self._layer_costs(layout.tp, layout.ep)
         ]
 
-    def _stages(self, layout: Layout, costs: list[int], room: int) -> list[int] | None:
+    def _stages(self, layout: Layout, kept: int, room: int) -> list[int] | None:
         """Layers per stage: vLLM's own division where it fits, else any that does (VLLM_PP_LAYER_PARTITION)."""
+        costs = self._layer_bytes(layout, kept)
         first, last = self._outside(layout)
+        last += sum(self._draft(layout, kept))
         even = stage_layers(len(costs), layout.pp)
         start = 0
         for stage, count in enumerate(even):
@@ -214,13 +247,14 @@ class Layouts:
     def _fits(self, layout: Layout, kept: int) -> bool:
         workspace, overhead = self._reserved(layout)
         room = self.target.vram - workspace - overhead
-        return self._stages(layout, self._layer_bytes(layout, kept), room) is not None
+        return self._stages(layout, kept, room) is not None
 
     def _placement(self, layout: Layout, kept: int, slow: bool) -> Placement:
         tp, pp, ep = layout
         workspace, overhead = self._reserved(layout)
         room = self.target.vram - workspace - overhead
-        counts = self._stages(layout, self._layer_bytes(layout, kept), room) or stage_layers(self.spec.num_layers, pp)
+        counts = self._stages(layout, kept, room) or stage_layers(self.spec.num_layers, pp)
+        draft = self._draft(layout, kept)
         costs, (first, last) = self._layer_costs(tp, ep), self._outside(layout)
         held = -(-kept // ep)
         devices, start = [], 0
@@ -228,15 +262,16 @@ class Layouts:
             part = costs[start : start + count]
             start += count
             weight = sum(c.fixed + c.per_expert * held + c.replicated * kept for c in part)
-            weight += (first if stage == 0 else 0) + (last if stage == pp - 1 else 0)
+            drafted = draft if stage == pp - 1 else _Draft(0, 0, 0)
+            weight += (first if stage == 0 else 0) + (last + draft.weights if stage == pp - 1 else 0)
             for rank in range(tp):
                 devices.append(
                     DeviceBytes(
                         name=self.target.devices[stage * tp + rank].name,
                         capacity_bytes=self.target.vram,
                         weights_bytes=weight,
-                        kv_bytes=sum(c.kv for c in part),
-                        state_bytes=sum(c.state for c in part),
+                        kv_bytes=sum(c.kv for c in part) + drafted.kv,
+                        state_bytes=sum(c.state for c in part) + drafted.state,
                         workspace_bytes=workspace,
                         overhead_bytes=overhead,
                     )
@@ -285,33 +320,3 @@ def _kv_b_parameters(kind: LayerKind) -> int:
 def _kv_heads(kind: LayerKind, spec: ModelSpec) -> int:
     """The KV heads that this kind's k and v rows are made of."""
     return max((stream.heads for stream in kind.cache), default=0) or spec.num_kv_heads
-
-
-def _geforce(target: Target) -> bool:
-    """GeForce cards, whose custom all-reduce over PCIe is unreliable; told by the name where a recipe wrote it."""
-    return target.geforce or ("RTX" in target.card and "PRO" not in target.card and "Ada" not in target.card)
-
-
-def serve_script(plan: Plan, model_path_relative: str, recipe: Recipe) -> str:
-    """The text of serve.sh."""
-    chosen = plan.chosen
-    place = chosen.placement
-    tp, pp = place.tensor_parallel, place.pipeline_parallel
-    used = place.devices[: tp * pp]
-    partition = list(place.layers_per_device)
-    values: dict[str, Any] = {
-        "gpus": len(used),
-        # vLLM refuses to start unless its whole share of a card is free
-        "needs": [-(-int(recipe.target.total_bytes * utilization(recipe.target)) // MIB) for _ in used],
-        "tp": tp,
-        "pp": pp,
-        "ep": place.expert_parallel > 1,
-        "partition": ",".join(map(str, partition)) if partition != stage_layers(sum(partition), pp) else "",
-        "context": chosen.context,
-        "sequences": chosen.concurrency,
-        "kv": chosen.kv_dtype,
-        "utilization": utilization(recipe.target),
-        "batched": MAX_BATCHED_TOKENS,
-        "no_custom_all_reduce": _geforce(recipe.target) and len(used) > 1,
-    }
-    return render("vllm.sh.j2", plan, model_path_relative, recipe, values)

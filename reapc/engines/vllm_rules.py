@@ -44,6 +44,8 @@ def refusal(spec: ModelSpec, fmt: WeightFormat, target: Target, serve: ServeSect
     stated = target.compute_capability or "not stated"
     roads = [DATA["roads"][name] for name in serve.experimental]
     needed: dict[str, str] = DATA["capability"]
+    if serve.speculative == "mtp" and spec.family not in DATA["speculative"]["families"]:
+        return f"vLLM {DATA['version']} has no multi-token prediction for this family ({spec.family})"
     for road in roads:
         if "kv" in road and kv not in road["kv"]:
             return f"the experimental road takes a KV cache of {', '.join(road['kv'])} only"
@@ -89,11 +91,25 @@ def layouts(target: Target, tensor_parallel: int | str = "auto") -> Iterator[Lay
     degrees = range(1, target.gpus + 1) if isinstance(tensor_parallel, str) else (tensor_parallel,)
     pairs = [(tp, pp) for tp in degrees for pp in range(1, target.gpus // tp + 1)]
     for tp, pp in sorted(pairs, key=lambda pair: (-pair[0] * pair[1], -pair[0])):
-        if target.nodes > 1 and tp > target.gpus // target.nodes:
+        if nodes_used(target, tp, pp) is None:
             continue
         yield Layout(tp, pp, 1)
         if tp > 1:
             yield Layout(tp, pp, tp)
+
+
+def nodes_used(target: Target, tp: int, pp: int) -> int | None:
+    """The fewest machines that ``tp * pp`` cards make, each with as many (vLLM's ranks are dealt out evenly) and none
+    with a part of a tensor-parallel group; None where the target has no such number."""
+    local = target.gpus // target.nodes
+    fitting = (n for n in range(1, target.nodes + 1) if pp % n == 0 and tp * pp <= n * local)
+    return next(fitting, None)
+
+
+def draft_tokens(family: str) -> int:
+    """Tokens that the MTP layers draft at once."""
+    tokens: dict[str, int] = DATA["speculative"]["tokens"]
+    return tokens.get(family, 1)
 
 
 def kinds_of(spec: ModelSpec) -> list[LayerKind]:
