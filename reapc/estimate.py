@@ -76,7 +76,7 @@ def estimate(
     elif tool == "gptqmodel":
         seconds += pruned_spec.parameters / (_GPTQ_WEIGHTS_PER_SECOND_AND_CORE * (os.cpu_count() or 1))
     if tool in ("auto-round", "gptqmodel"):
-        memory = worker.needed_bytes(pruned_spec)
+        memory = worker.needed_bytes(pruned_spec, tool)
         seconds += 2 * active * 2 * calibration.count / (_matmul_rate() * _FORWARD_EFFICIENCY)
     reference = 4 * held_out.input_ids.size * min(spec.vocab_size, 512)
     disk = disk_bytes(checkpoint, calibration, held_out) + reference + pruned_bytes + base_bytes + chosen.file_bytes

@@ -1,4 +1,7 @@
-"""A tiny real build, real llama-servers on it, and small HTTP servers for what a real one cannot be made to do."""
+"""A tiny real build, real llama-servers on it, and small HTTP servers for what a real one cannot be made to do.
+
+PYTEST_DONT_REWRITE: test modules import the helpers here before pytest loads it for its fixtures.
+"""
 
 from __future__ import annotations
 

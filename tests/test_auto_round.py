@@ -196,8 +196,11 @@ def test_a_failing_quantizer_says_its_last_words(source: Path, tmp_path: Path, m
 def test_needed_bytes_grow_with_the_experts(source: Path) -> None:
     spec = Checkpoint(source).spec
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    assert size <= auto_round.needed_bytes(spec) - worker._LOADED_BYTES <= 6 * size
-    assert auto_round.needed_bytes(spec.with_experts(50)) > auto_round.needed_bytes(spec) + 9 * 2 * spec.expert_weights
+    for tool, most in (("auto-round", 7), ("gptqmodel", 4)):
+        needed = worker.needed_bytes(spec, tool)
+        assert size <= needed - worker._LOADED_BYTES <= most * size
+        more = worker.needed_bytes(spec.with_experts(50), tool)
+        assert more > needed + 9 * 2 * spec.expert_weights
 
 
 def test_starved_experts_are_named() -> None:
@@ -236,13 +239,12 @@ def test_the_table_leaves_out_what_the_library_cannot(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ct-w4g32", "ct-w3g128+attention=8", "ct-w5g32:experts", "gptq-w8g64"])
+@pytest.mark.parametrize("name", ["ct-w4g32", "ct-w3g128+attention=8", "ct-w5g32:experts", "gptq-w4g64"])
 def test_other_layouts_reload(name: str, source: Path, tmp_path: Path) -> None:
     fmt, ids = parse(name), make_tokens(4, 24, seed=3).input_ids
     auto_round.quantize(source, tmp_path / "out", fmt, TOKENS, Silent(), iters=1, threads=2)
     loaded, rounding = packed.reload_kl(source, tmp_path / "out", fmt, ids, tmp_path)
-    # "gptq-w8g64": what 8 bits lose is less than the noise of the loader's bfloat16
-    assert loaded < (0.3 * rounding if "w8" not in name else 2e-3)
+    assert loaded < 0.3 * rounding
 
 
 @pytest.mark.slow

@@ -49,14 +49,11 @@ GENERATE = """doc_to_target: "{{choices[0]}}"
 generation_kwargs: {until: ["\\n"], max_gen_toks: 8}
 metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true}"""
-ROLLING = """doc_to_target: "{{choices[0]}} and more of it, so that there is something to read"
-metric_list:
-  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}"""
 
 
 @pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of three tasks over a local file; data sets are cached beside it, and the hub is out of reach."""
+    """A folder of two tasks over a local file; data sets are cached beside it, and the hub is out of reach."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf" / "datasets")
     folder = tmp_path / "tasks"
@@ -66,7 +63,6 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, kind, more in (
         ("tiny_choice", "multiple_choice", CHOICE),
         ("tiny_generate", "generate_until", GENERATE),
-        ("tiny_rolling", "loglikelihood_rolling", ROLLING),
     ):
         (folder / f"{name}.yaml").write_text(TASK.format(name=name, kind=kind, data=data, more=more))
     return folder
@@ -94,6 +90,32 @@ def test_likelihoods_are_those_of_llamacpp_itself(built, llama) -> None:
             assert greedy == all(rows[i].argmax() == ids[0, i + 1] for i in steps)
 
 
+def test_a_whole_text_is_read_in_windows(built, llama) -> None:
+    """What lm-eval calls rolling: every token once, after as much text as the context holds."""
+    from reapc.serving.llama_eval import make_model
+
+    text = " ".join(f"word{i} and" for i in range(40))
+    with Client(llama, "LLAMA_API_KEY") as client:
+        client.connect()
+        model = make_model(client, 1, Silent())
+        ids = client.tokenize(text)
+        assert len(ids) < 250
+        whole = model.loglikelihood_rolling([request(text)])[0]
+        (rows,) = gguf_log_probs(built / "model.gguf", np.array([[model.eot_token_id, *ids]], np.int32))
+        assert whole == pytest.approx(sum(rows[i, token] for i, token in enumerate(ids)), rel=0.01)
+        client.info.context = 34  # two tokens are kept for the server: windows of 32
+        parts = [[model.eot_token_id, *ids[:32]]]
+        for start in range(32, len(ids), 32):
+            end = min(start + 32, len(ids))
+            parts.append(ids[max(0, end - 33) : end])
+        expected = 0.0
+        for number, part in enumerate(parts):
+            new = min(32, len(ids) - 32 * number)
+            (rows,) = gguf_log_probs(built / "model.gguf", np.array([part], np.int32))
+            expected += sum(rows[i - 1, part[i]] for i in range(len(part) - new, len(part)))
+        assert model.loglikelihood_rolling([request(text)])[0] == pytest.approx(expected, rel=0.01)
+
+
 def test_a_greedy_continuation_is_known_as_such(built, llama) -> None:
     from reapc.serving.llama_eval import continuation
 
@@ -114,14 +136,13 @@ def test_a_greedy_continuation_is_known_as_such(built, llama) -> None:
 
 def test_tasks_run_against_the_server(built, llama, tasks, tmp_path, capsys) -> None:
     out = tmp_path / "results.json"
-    names = "tiny_choice,tiny_generate,tiny_rolling"
+    names = "tiny_choice,tiny_generate"
     code, text, _ = run(capsys, "eval", built, "--server", llama, "--tasks", names, "--include", tasks, "--out", out)
     assert code == 0
     assert "tiny_choice (4 examples)" in text
     results = json.loads(out.read_text())
     assert set(results["results"]) == set(names.split(","))
     assert 0 <= results["results"]["tiny_choice"]["acc,none"] <= 1
-    assert results["results"]["tiny_rolling"]["word_perplexity,none"] > 1
     assert results["reapc"]["model"] == "model"
     assert "samples" not in results
     again, _, err = run(capsys, "eval", built, "--server", llama, "--tasks", "tiny_choice", "--out", out)

@@ -269,7 +269,7 @@ def test_a_plain_format_has_nothing_to_check(original: Checkpoint) -> None:
     ("form", "export", "kind"),
     [
         ("auto-round-w4g32", None, "transformers"),
-        ("auto-round-w2g64:experts", None, "transformers"),
+        ("auto-round-w2g32:experts", None, "transformers"),
         ("auto-round-w3g32+attention=8+layers.1=4", None, "transformers"),
         ("ct-w4g32+attention=8", None, "transformers"),
         ("ct-w3g32+attention=16", None, "transformers"),
@@ -289,4 +289,5 @@ def test_every_driver(form: str, export: str | None, kind: str, original: Checkp
     checkpoint = Checkpoint(folder)
     assert same_as_library(checkpoint, theirs) == len(checkpoint.packed)
     ours = streamed(checkpoint, tmp_path / "ours")
-    assert kl(ours, theirs["log_probs"]) < kl(streamed(original, tmp_path / "original"), ours) / 20
+    lost = kl(streamed(original, tmp_path / "original"), ours)
+    assert kl(ours, theirs["log_probs"]) < max(lost / 20, 1e-3)  # GPTQModel computes in float16: 5e-4 on this model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -149,6 +150,19 @@ def test_a_server_that_is_killed_while_it_runs(built, tmp_path) -> None:
     assert process.returncode == 1
     assert "ended by signal 9 (SIGKILL); its last words:" in rest
     assert "Traceback" not in rest
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="no setpriv")
+def test_the_server_ends_when_reapc_is_killed(built, tmp_path) -> None:
+    process = start(built, "--port", free_port(), "--interval", 0.2, "--log", tmp_path / "log")
+    read_until(process, "running")
+    (server,) = process_tree(process.pid) - {process.pid}
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 30
+    while lives(server) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not lives(server)
 
 
 def test_a_port_that_is_taken(built, capsys) -> None:

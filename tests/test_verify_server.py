@@ -76,7 +76,6 @@ def test_every_position_of_a_llama_server_gives_what_llamacpp_gives(built, llama
     assert report["load"]["tokens_per_second"] > 0
 
 
-@pytest.mark.slow  # passes alone, failed once after others had used the server: not understood yet
 def test_the_top_of_a_distribution_gives_a_lower_bound_and_says_so(built, llama, capsys) -> None:
     common = ("verify", built, "--server", f"{llama}/v1", "--sequences", 99, "--positions", 5, "--max-tokens", 4)
     exact = json.loads(run(capsys, *common, "--json")[1])["fidelity"]
@@ -89,7 +88,8 @@ def test_the_top_of_a_distribution_gives_a_lower_bound_and_says_so(built, llama,
     assert bound["rest_mass_reference"] > 0.1
     # the token that followed is always told, whether or not it is among the best 20
     assert bound["next_token_unknown"] == 0
-    assert bound["perplexity_server"] == pytest.approx(exact["perplexity_server"], rel=1e-3)
+    # a prefix that is cached and one that is not go through other kernels: not to the last digit
+    assert bound["perplexity_server"] == pytest.approx(exact["perplexity_server"], rel=0.02)
     text = run(capsys, *common, "--top", 20)[1]
     assert "KL(original || server) >= " in text
     assert "one bucket for the rest" in text
@@ -213,6 +213,21 @@ def test_a_server_that_dies_in_the_middle(built, llama, capsys, concurrency: int
     assert code == 1
     assert "the connection broke" in err
     assert "4 of 16 positions were checked (1 of 4 sequences)" in err
+
+
+def test_a_connection_that_the_server_closes_between_two_requests_is_no_death(built, llama, capsys) -> None:
+    """llama-server closes what was idle for five seconds, at times at the very moment of the next request."""
+    asked: list[str] = []
+
+    def answer(method: str, path: str, body: Any) -> tuple[int, str] | None:
+        asked.append(path)
+        return None if len(asked) % 4 == 0 else relay(llama, path, body)
+
+    with stand_in(answer) as url:
+        code, out, _ = run(capsys, "verify", built, "--server", url, *FEW, "--json")
+    assert code == 0
+    assert json.loads(out)["fidelity"]["positions"] == 6
+    assert len(asked) >= 11
 
 
 def test_a_server_that_dies_while_it_answers_prompts(built, llama, capsys) -> None:

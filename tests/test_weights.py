@@ -27,7 +27,7 @@ def fmt(name: str) -> WeightFormat:
         ("auto-round-w3g128", 128 * 256 * 3 // 8 + 2 * 128 * 2 + 2 * 128 * 3 // 8),
         ("auto-round-w2g32", 128 * 256 // 4 + 8 * 128 * 2 + 8 * 128 // 4),
         ("ct-w4g64", 128 * 256 // 2 + 4 * 128 * 2 + 16),  # weight_packed, weight_scale, weight_shape
-        ("ct-w3g64", 128 * -(-256 // 10) * 4 + 4 * 128 * 2 + 16),  # ten 3-bit weights to an int32
+        ("ct-w3g64", 128 * 256 * 3 // 8 + 4 * 128 * 2 + 16),  # one stream of bits along a row
         ("fp8-block", 128 * 256 + 2 * 4),  # one float32 scale per 128 x 128
         ("fp8", 128 * 256 + 128 * 4),
         ("int8", 128 * 256 + 128 * 2),

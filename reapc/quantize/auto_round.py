@@ -23,7 +23,6 @@ from reapc.quantize.published import Modules, default_of, linears, open_source, 
 from reapc.stream.tokens import Tokens
 
 Export = Literal["auto_round", "auto_gptq", "llm_compressor"]
-needed_bytes = worker.needed_bytes
 
 
 def quantize(

@@ -46,7 +46,7 @@ def versions(found: Writer) -> dict[str, str]:
 
 def needed_bytes(spec: ModelSpec, found: Writer) -> int:
     """Memory that the tool needs for the pruned model: AutoRound and GPTQModel load all of it (0: it streams)."""
-    return 0 if found.tool == "reapc" else worker.needed_bytes(spec)
+    return 0 if found.tool == "reapc" else worker.needed_bytes(spec, found.tool)
 
 
 def require_memory(spec: ModelSpec, found: Writer, available_bytes: int) -> None:

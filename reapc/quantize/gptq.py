@@ -21,7 +21,6 @@ from reapc.quantize.starved import STARVED_SHARE
 from reapc.stream.tokens import Tokens
 
 DAMP = 0.05  # GPTQModel's own default
-needed_bytes = worker.needed_bytes
 
 
 def quantize(

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import numpy as np
@@ -27,6 +27,8 @@ UNKNOWN = "unknown"
 _FORCED = 1e6  # added to one token's logit so that it is drawn
 _OWNERS = {"llamacpp": LLAMA_SERVER, "vllm": VLLM, "me": LLAMA_PYTHON}
 REQUEST_SECONDS = 600.0
+_BROKEN = (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ class Client:
             headers=headers,
             timeout=httpx2.Timeout(wait, connect=min(10.0, wait)),
             trust_env=not _is_loopback(self.url),
-            limits=httpx2.Limits(max_connections=None),
+            # llama-server closes a connection that was idle for five seconds
+            limits=httpx2.Limits(max_connections=None, keepalive_expiry=2.0),
         )
         self.info = ServerInfo(UNKNOWN, model or "")
         self._plain: int | None = None
@@ -244,6 +247,9 @@ class Client:
             "model": self.info.model, "prompt": prompt if isinstance(prompt, str) else list(prompt),
             "max_tokens": max_tokens, "temperature": 0.0, "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
+        return self._once_more(lambda: self._read_stream(body))
+
+    def _read_stream(self, body: dict[str, Any]) -> Completion:
         start = time.monotonic()
         text: list[str] = []
         pieces, finish, first, counted, last = 0, None, None, None, start
@@ -268,6 +274,8 @@ class Client:
                         pieces += 1
                         text.append(choice.get("text") or "")
         except httpx2.TransportError as error:
+            if first is None:
+                raise
             raise self._lost(error) from error
         except (ValueError, AttributeError, TypeError) as error:
             raise self._garbage("/v1/completions", "a stream of JSON chunks") from error
@@ -320,10 +328,7 @@ class Client:
         return self._ask("POST", path, body)
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        try:
-            response = self._http.request(method, path, json=body)
-        except httpx2.TransportError as error:
-            raise self._lost(error) from error
+        response = self._once_more(lambda: self._http.request(method, path, json=body))
         if response.status_code >= 400:
             self._refuse(response, path)
         try:
@@ -333,6 +338,19 @@ class Client:
         if not isinstance(answer, dict):
             raise self._garbage(path, "a JSON object")
         return answer
+
+    def _once_more(self, send: Callable[[], _T]) -> _T:
+        """Sends, and sends again where the connection broke: a server may close one that it has kept open at the very
+        moment of the next request, and nothing that is asked here changes a server."""
+        try:
+            return send()
+        except _BROKEN as broken:
+            try:
+                return send()
+            except httpx2.TransportError:
+                raise self._lost(broken) from broken
+        except httpx2.TransportError as error:
+            raise self._lost(error) from error
 
     def _refuse(self, response: httpx2.Response, path: str) -> None:
         """Raises for an answer of status 400 or more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -54,6 +55,10 @@ class Server:
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
         self.log = log
+        # a killed reapc cannot stop its server: the kernel then ends the script, which has become the engine
+        setpriv = shutil.which("setpriv")
+        if setpriv:
+            command = [setpriv, "--pdeathsig", "TERM", *command]
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("wb") as output:
