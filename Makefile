@@ -27,7 +27,7 @@ test-all: setup
 vllm-env: $(STAMP)
 	$(BIN)/python tools/vllm_env.py
 
-# vLLM's own parser and kernel selection judge what reapc emits, and a real server answers: about 10 minutes.
+# vLLM's own parser reads what reapc emits, and a real server answers: about 10 minutes.
 vllm-tests: setup vllm-env
 	REAPC_REQUIRE_VLLM=1 $(BIN)/python -m pytest -m vllm
 

@@ -34,7 +34,7 @@ from reapc.progress import Progress
 from reapc.prune.criteria import choose, dropped_share, groups_of
 from reapc.prune.rewrite import check_scores, prune
 from reapc.quantize import checkpoint as quantizer
-from reapc.quantize.source import refuse_quantized
+from reapc.quantize.starved import starved
 from reapc.recipe import Recipe
 from reapc.stages import StageCache, cache_root, digest_of
 from reapc.stream.families import check_family
@@ -42,6 +42,7 @@ from reapc.stream.tokens import Tokens, write_tokens
 from reapc.toolchain import find_llamacpp, require
 from reapc.verify.fidelity import Fidelity, log_probs, measure
 from reapc.verify.fit import FitRow, check_fit
+from reapc.verify.quantized import check_quantized
 
 
 @dataclass(frozen=True)
@@ -90,18 +91,17 @@ def _versions() -> dict[str, str]:
 
 
 def _llamacpp_version() -> str:
-
     return find_llamacpp().version
 
 
-def _build_key(inputs: _Inputs) -> str:
-    """Identity of the result: everything that its bytes depend on."""
+def _build_key(inputs: _Inputs, tools: dict[str, str]) -> str:
+    """Identity of the result: everything that its bytes depend on. ``tools``: versions of the quantizer's packages."""
     recipe = inputs.recipe.model_dump(mode="json", exclude={"name", "base", "output", "model"})
     return digest_of(
         {
             "recipe": recipe,
             "model": [inputs.checkpoint.digest, inputs.checkpoint.side_digest],
-            "tools": _llamacpp_version(),
+            "tools": [_llamacpp_version(), tools],
             "calibration": inputs.calibration.digest,
             "held_out": inputs.held_out.digest,
             "scores": digest_of(inputs.scores.to_json()) if inputs.scores else None,
@@ -123,8 +123,14 @@ class Build:
         folder = fetch(recipe.model.source, recipe.model.revision, recipe.base)
         checkpoint = Checkpoint(folder)
         check_family(checkpoint.spec, str(folder))
+        checkpoint.refuse_quantized("a build")
+        if recipe.serve.speculative == "mtp":
+            raise CannotBeDone(
+                'serve.speculative = "mtp": a build of this version drops the MTP layers that would draft',
+                hint="plan with it, and build without",
+            )
         self.first_plan = make_plan(recipe, checkpoint.spec, recipe.model.source, buildable=True)
-        self._check_tools(checkpoint)
+        self.tools = self._check_tools(checkpoint)
         given = load_scores(scores) if scores else None
         if given and scores:
             check_scores(given, checkpoint, scores)
@@ -133,22 +139,23 @@ class Build:
 
     @property
     def key(self) -> str:
-        return _build_key(self.inputs)
+        return _build_key(self.inputs, self.tools)
 
-    def _check_tools(self, checkpoint: Checkpoint) -> None:
-        """Whatever the plan's quantizer needs is looked for before anything is computed."""
+    def _check_tools(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Whatever the plan's quantizer needs is looked for before anything is computed; versions of its packages."""
         chosen = self.first_plan.chosen
         if chosen.engine == "llama.cpp":
             for tool in ("convert", "quantize", "lib_dir"):
                 require(tool)
-            return
+            return {}
         fmt = weights.parse(chosen.format)
-        if fmt is not None and fmt.quantized:
-            refuse_quantized(checkpoint.config, checkpoint.folder)
-            writer = quantizer.writer_for(fmt, self.recipe.quantize.writer)
-            quantizer.versions(writer)
-            room = available_ram(Host(), [])
-            quantizer.require_memory(checkpoint.spec.with_experts(chosen.experts_kept), writer, room)
+        if fmt is None or not fmt.quantized:
+            return {}
+        writer = quantizer.writer_for(fmt, self.recipe.quantize.writer)
+        versions = quantizer.versions(writer)
+        room = available_ram(Host(), [])
+        quantizer.require_memory(checkpoint.spec.with_experts(chosen.experts_kept), writer, room)
+        return versions
 
     def expect(self) -> Estimate:
         """Time, disk and memory that the build is expected to need."""
@@ -262,8 +269,6 @@ class Build:
 
     def _quantize_checkpoint(self, pruned: Path, pruned_key: str, fmt: WeightFormat) -> Path:
         """The checkpoint in ``fmt``, reloaded strictly and compared with the pruned one tensor by tensor."""
-        from reapc.verify.quantized import check_quantized
-
         settings, calibration = self.recipe.quantize, self.inputs.calibration
         tool = quantizer.writer_for(fmt, settings.writer)
         iters = None if settings.iters == "auto" else settings.iters
@@ -287,7 +292,7 @@ class Build:
 
         folder, _ = self.cache.run("quantize", depends, work)
         source = Checkpoint(pruned)
-        report = check_quantized(folder / "model", fmt, source.spec, original=source)
+        report = check_quantized(folder / "model", fmt, source.spec, original=source, progress=self.progress)
         self.quantized = {"quantizer": json.loads((folder / "facts.json").read_text()), "reload": report.to_json()}
         if tool.tool != "reapc":
             self.quantized["starved"] = self._starved(pruned, pruned_key)
@@ -295,8 +300,6 @@ class Build:
 
     def _starved(self, pruned: Path, pruned_key: str) -> dict[str, Any]:
         """Experts of the pruned model that too little of the calibration text reaches, from its own routing."""
-        from reapc.quantize.starved import starved
-
         depends = {"model": pruned_key, "calibration": self.inputs.calibration.digest, "reapc": __version__}
 
         def work(folder: Path, scratch: Path) -> None:

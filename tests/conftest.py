@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -64,6 +66,29 @@ def make_glm4(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, m
             tensors[tensor.name] = (torch.randn(tensor.shape) * 0.02).to(kind)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def make_project(folder: Path, recipe: str, *, sequences: int = 20, length: int = 64, **changes) -> Path:
+    """``folder`` with tiny.toml, a model of two layers with the demo's tokenizer, and token ids."""
+    settings = {"num_hidden_layers": 2, "vocab_size": 2048, "mlp_only_layers": [], "initializer_range": 0.05}
+    make_model(folder / "model", **{**settings, **changes})
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(ROOT / "demo" / "model" / name, folder / "model" / name)
+    ids = np.random.default_rng(0).integers(0, 2000, (sequences, length)).astype(np.int32)
+    save_file({"input_ids": ids}, folder / "tokens.safetensors")
+    (folder / "tiny.toml").write_text(recipe)
+    return folder
+
+
+def run_main(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and error of the command line; a traceback in either is a failure."""
+    from reapc.cli.main import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err + out
+    return int(exit_.value.code or 0), out, err
 
 
 def make_tokens(sequences: int, length: int, vocab: int = 256, seed: int = 0, padded: bool = False) -> Tokens:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_model
+from conftest import make_project
 from safetensors.numpy import save_file
 
 from reapc.serving.built import read_built
@@ -69,20 +69,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from reapc.recipe import load_recipe
     from reapc.stages import cache_root
 
-    folder = tmp_path_factory.mktemp("served")
-    make_model(
-        folder / "model", hidden_size=256, moe_intermediate_size=256, num_hidden_layers=2, vocab_size=VOCABULARY,
-        head_dim=64, mlp_only_layers=[], initializer_range=0.05,
+    folder = make_project(
+        tmp_path_factory.mktemp("served"), RECIPE, sequences=8, length=48,
+        hidden_size=256, moe_intermediate_size=256, head_dim=64, vocab_size=VOCABULARY,
     )  # fmt: skip
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(ROOT / "demo" / "model" / name, folder / "model" / name)
-    random = np.random.default_rng(0)
-    save_file({"input_ids": random.integers(0, 2000, (8, 48)).astype(np.int32)}, folder / "tokens.safetensors")
+    random = np.random.default_rng(1)
     ids = random.integers(0, 2000, (4, 32)).astype(np.int32)
     mask = np.ones(ids.shape, bool)
     mask[1, 20:] = False
     save_file({"input_ids": ids, "attention_mask": mask}, folder / "held_out.safetensors")
-    (folder / "tiny.toml").write_text(RECIPE)
     tools, cache = cache_root() / "llama.cpp", folder / "cache"
     (cache / "reapc").mkdir(parents=True)
     if tools.is_dir():

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,12 +14,8 @@ import time
 import urllib.request
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import ROOT, make_model
-from safetensors.numpy import save_file
-
-from reapc.cli.main import main
+from conftest import make_project, run_main
 
 RECIPE = """
 [model]
@@ -53,16 +48,7 @@ sequences = 4
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe, a model with the demo's tokenizer, and token ids."""
     folder = tmp_path_factory.mktemp("project")
-    make_model(
-        folder / "model", hidden_size=256, moe_intermediate_size=256, num_hidden_layers=2, vocab_size=2048, head_dim=64,
-        mlp_only_layers=[], initializer_range=0.05,
-    )  # fmt: skip
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(ROOT / "demo" / "model" / name, folder / "model" / name)
-    ids = np.random.default_rng(0).integers(0, 2000, (20, 64)).astype(np.int32)
-    save_file({"input_ids": ids}, folder / "tokens.safetensors")
-    (folder / "tiny.toml").write_text(RECIPE)
-    return folder
+    return make_project(folder, RECIPE, hidden_size=256, moe_intermediate_size=256, head_dim=64)
 
 
 @pytest.fixture(scope="session")
@@ -86,21 +72,13 @@ def cache(tools: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return tools
 
 
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err + out
-    return int(exit_.value.code or 0), out, err
-
-
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_build_then_nothing_to_do_then_only_what_changed(project: Path, cache: str, capsys, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, text, err = run(capsys, "build", project / "tiny.toml", "--out", out, "--json")
+    code, text, err = run_main(capsys, "build", project / "tiny.toml", "--out", out, "--json")
     assert code == 0, err
     summary = json.loads(text.strip().splitlines()[-1])
     keys = ["output", "experts_kept", "format", "predicted_bytes", "actual_bytes", "kl", "top1", "seconds"]
@@ -120,12 +98,12 @@ def test_build_then_nothing_to_do_then_only_what_changed(project: Path, cache: s
     assert plans["from_scores"]["loss_source"] == "measured"
     before = digest(out / "model.gguf")
 
-    code, text, err = run(capsys, "build", project / "tiny.toml", "--out", out)
+    code, text, err = run_main(capsys, "build", project / "tiny.toml", "--out", out)
     assert code == 0
     assert "nothing to do" in text
     assert "observe" not in err
 
-    code, text, err = run(
+    code, text, err = run_main(
         capsys, "build", project / "tiny.toml", "--out", tmp_path / "q8", "--set", "quantize.format=Q8_0", "--json"
     )
     assert code == 0, err
@@ -139,13 +117,13 @@ def test_build_then_nothing_to_do_then_only_what_changed(project: Path, cache: s
     # the same recipe, another format, into the folder of the earlier result: replaced, whole; a neighbour stays
     (tmp_path / "out.old").mkdir()
     (tmp_path / "out.old" / "backup").write_text("mine")
-    code, _, err = run(capsys, "build", project / "tiny.toml", "--out", out, "--set", "quantize.format=Q8_0")
+    code, _, err = run_main(capsys, "build", project / "tiny.toml", "--out", out, "--set", "quantize.format=Q8_0")
     assert code == 0, err
     assert digest(out / "model.gguf") == digest(tmp_path / "q8" / "model.gguf")
     assert (tmp_path / "out.old" / "backup").read_text() == "mine"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
-    code, text, err = run(
+    code, text, err = run_main(
         capsys, "build", project / "tiny.toml", "--out", tmp_path / "shared", "--json",
         "--scores", tmp_path / "q8" / "scores.safetensors",
     )  # fmt: skip
@@ -155,17 +133,17 @@ def test_build_then_nothing_to_do_then_only_what_changed(project: Path, cache: s
     assert json.loads(text.splitlines()[-1])["kl"] == pytest.approx(summary["kl"], rel=1e-6)
 
     # the shared scores file stands in for the observation, and the parts as commands give the same bytes
-    code, _, err = run(
+    code, _, err = run_main(
         capsys, "prune", project / "model", "--scores", out / "scores.safetensors", "--experts", 9,
         "--out", tmp_path / "pruned",
     )  # fmt: skip
     assert code == 0, err
-    code, text, err = run(
+    code, text, err = run_main(
         capsys, "quantize", tmp_path / "pruned", "--format", "Q8_0", "--no-imatrix", "--pre-tokenizer", "qwen2",
         "--out", tmp_path / "direct.gguf", "--json",
     )  # fmt: skip
     assert code == 0, err
-    code, text, err = run(
+    code, text, err = run_main(
         capsys, "compare", tmp_path / "pruned", tmp_path / "direct.gguf", "--tokens", project / "tokens.safetensors",
         "--json",
     )  # fmt: skip
@@ -207,13 +185,13 @@ class TestRefusals:
     def test_output_holds_something_else(self, project: Path, cache: str, capsys, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.txt").write_text("mine")
-        code, _, err = run(capsys, "build", project / "tiny.toml", "--out", tmp_path / "out")
+        code, _, err = run_main(capsys, "build", project / "tiny.toml", "--out", tmp_path / "out")
         assert code == 2
         assert "holds something else" in err
         assert [p.read_text() for p in (tmp_path / "out").iterdir()] == ["mine"]
 
     def test_below_threshold_exits_1_and_says_by_how_much(self, project: Path, cache: str, capsys, tmp_path) -> None:
-        code, _, err = run(
+        code, _, err = run_main(
             capsys, "build", project / "tiny.toml", "--out", tmp_path / "out", "--set", "verify.max_kl=1e-7"
         )
         assert code == 1
@@ -222,16 +200,16 @@ class TestRefusals:
 
     def test_budget_that_nothing_fits_says_the_smallest(self, project: Path, cache: str, capsys, tmp_path) -> None:
         arguments = ("build", project / "tiny.toml", "--out", tmp_path / "out", "--set")
-        code, _, err = run(capsys, *arguments, 'target.ram="1MB"')
+        code, _, err = run_main(capsys, *arguments, 'target.ram="1MB"')
         assert code == 1
         need = int(err.split("needs ")[1].split(" bytes")[0])
-        assert run(capsys, "plan", project / "tiny.toml", "--set", f"target.ram={need}B")[0] == 0
-        assert run(capsys, "plan", project / "tiny.toml", "--set", f"target.ram={need - 1}B")[0] == 1
+        assert run_main(capsys, "plan", project / "tiny.toml", "--set", f"target.ram={need}B")[0] == 0
+        assert run_main(capsys, "plan", project / "tiny.toml", "--set", f"target.ram={need - 1}B")[0] == 1
 
     def test_no_room_is_found_before_the_first_pass(self, project: Path, cache: str, capsys, tmp_path, monkeypatch):
         monkeypatch.setattr("reapc.checkpoint.atomic.free_bytes", lambda path: 12345)
         monkeypatch.setattr("reapc.build.observe", lambda *a, **k: pytest.fail("a pass was started"))
-        code, _, err = run(
+        code, _, err = run_main(
             capsys, "build", project / "tiny.toml", "--out", tmp_path / "out", "--set", "calibration.seed=5"
         )
         assert code == 1
@@ -240,7 +218,7 @@ class TestRefusals:
     def test_cache_that_cannot_be_written(self, project: Path, cache: str, capsys, tmp_path, monkeypatch) -> None:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        code, _, err = run(capsys, "build", project / "tiny.toml", "--out", tmp_path / "out")
+        code, _, err = run_main(capsys, "build", project / "tiny.toml", "--out", tmp_path / "out")
         assert code == 2
         assert "XDG_CACHE_HOME" in err
 
@@ -248,7 +226,7 @@ class TestRefusals:
         config = json.loads((project / "model" / "config.json").read_text())
         (tmp_path / "m").mkdir()
         (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "norm_topk_prob": False}))
-        code, _, err = run(capsys, "plan", project / "tiny.toml", "--set", f'model.source="{tmp_path / "m"}"')
+        code, _, err = run_main(capsys, "plan", project / "tiny.toml", "--set", f'model.source="{tmp_path / "m"}"')
         assert code == 1
         assert "norm_topk_prob" in err
 
@@ -263,7 +241,7 @@ def request(port: int, path: str, body: dict | None = None) -> dict:
 @pytest.mark.parametrize("road", ["llama-server", "llama_cpp.server"])
 def test_serve_script_answers(project: Path, cache: str, capsys, tmp_path: Path, road: str) -> None:
     out = tmp_path / "with space" / "out"
-    code, _, err = run(capsys, "build", project / "tiny.toml", "--out", out)
+    code, _, err = run_main(capsys, "build", project / "tiny.toml", "--out", out)
     assert code == 0, err
     environment = dict(os.environ)
     if road == "llama_cpp.server":

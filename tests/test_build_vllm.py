@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_model
-from safetensors.numpy import save_file
+from conftest import make_model, make_project, run_main
 
 from reapc.checkpoint.reader import Checkpoint
-from reapc.cli.main import main
 from reapc.formats import weights
 
 RECIPE = """
@@ -46,29 +42,13 @@ sequences = 4
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vllm-project")
-    make_model(
-        folder / "model", dtype=torch.bfloat16, hidden_size=128, moe_intermediate_size=128, num_hidden_layers=2,
-        head_dim=32, mlp_only_layers=[], initializer_range=0.1, vocab_size=2048,
-    )  # fmt: skip
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(ROOT / "demo" / "model" / name, folder / "model" / name)
-    ids = np.random.default_rng(0).integers(0, 2000, (20, 64)).astype(np.int32)
-    save_file({"input_ids": ids}, folder / "tokens.safetensors")
-    (folder / "tiny.toml").write_text(RECIPE)
-    return folder
+    changes = {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 32, "initializer_range": 0.1}
+    return make_project(folder, RECIPE, dtype=torch.bfloat16, **changes)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "vllm-cache"))
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err + out
-    return int(exit_.value.code or 0), out, err
 
 
 @pytest.mark.parametrize(
@@ -85,7 +65,7 @@ def test_a_build(project: Path, capsys, tmp_path: Path, name: str, settings: dic
     out = tmp_path / "out"
     changes = [f"quantize.{key}={value}" for key, value in {"format": name, **settings}.items()]
     options = [part for change in changes for part in ("--set", change)]
-    code, text, err = run(capsys, "build", project / "tiny.toml", "--out", out, "--json", *options)
+    code, text, err = run_main(capsys, "build", project / "tiny.toml", "--out", out, "--json", *options)
     assert code == 0, err
     summary = json.loads(text.strip().splitlines()[-1])
     assert (summary["experts_kept"], summary["format"]) == (9, name)
@@ -112,11 +92,11 @@ def test_a_build(project: Path, capsys, tmp_path: Path, name: str, settings: dic
         assert manifest["starved"]["experts"] == 18  # 9 experts in each of two layers
         assert set(manifest["starved"]) >= {"count", "layers", "threshold_tokens", "summary"}
     if name == "fp8":
-        again, text, _ = run(capsys, "build", project / "tiny.toml", "--out", out, "--json", *options)
+        again, text, _ = run_main(capsys, "build", project / "tiny.toml", "--out", out, "--json", *options)
         assert again == 0
         assert json.loads(text.strip().splitlines()[-1])["kl"] == summary["kl"]
         # what is quantized is not quantized again
-        code, _, err = run(
+        code, _, err = run_main(
             capsys, "quantize", out / "model", "--format", "ct-w4g32", "--out", tmp_path / "twice",
             "--tokens", project / "tokens.safetensors",
         )  # fmt: skip
@@ -138,14 +118,14 @@ def test_a_build(project: Path, capsys, tmp_path: Path, name: str, settings: dic
 )
 def test_refused(project: Path, capsys, tmp_path: Path, options: tuple[str, ...], code: int, words: str) -> None:
     sets = [part for option in options for part in ("--set", option)]
-    found, _, err = run(capsys, "build", project / "tiny.toml", "--out", tmp_path / "out", *sets)
+    found, _, err = run_main(capsys, "build", project / "tiny.toml", "--out", tmp_path / "out", *sets)
     assert (found, words in err) == (code, True), err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_group_that_the_widths_refuse(tmp_path: Path, capsys) -> None:
     make_model(tmp_path / "narrow", dtype=torch.bfloat16, mlp_only_layers=[])  # experts of 32 columns
-    code, _, err = run(capsys, "quantize", tmp_path / "narrow", "--format", "ct-w4g64", "--out", tmp_path / "out")
+    code, _, err = run_main(capsys, "quantize", tmp_path / "narrow", "--format", "ct-w4g64", "--out", tmp_path / "out")
     assert code == 2
     assert "do not divide into groups of 64" in err
     assert "its widths take groups of 32" in err
@@ -162,7 +142,7 @@ def test_without_the_libraries(project: Path, capsys, tmp_path: Path, monkeypatc
     real = metadata.version
     monkeypatch.setattr(metadata, "version", missing)
     options = ("--set", "quantize.format=gptq-w4g32")
-    code, _, err = run(capsys, "build", project / "tiny.toml", "--out", tmp_path / "out", *options)
+    code, _, err = run_main(capsys, "build", project / "tiny.toml", "--out", tmp_path / "out", *options)
     assert code == 1
     assert "the package gptqmodel is not installed" in err
     assert "reapc[quantizers]" in err
@@ -171,7 +151,25 @@ def test_without_the_libraries(project: Path, capsys, tmp_path: Path, monkeypatc
 def test_too_little_memory(project: Path, capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reapc.build.available_ram", lambda host, findings: 100 << 20)
     options = ("--set", "quantize.format=auto-round-w4g32")
-    code, _, err = run(capsys, "build", project / "tiny.toml", "--out", tmp_path / "out", *options)
+    code, _, err = run_main(capsys, "build", project / "tiny.toml", "--out", tmp_path / "out", *options)
     assert code == 1
     assert "auto-round loads the whole pruned model" in err
     assert "100.0 MiB are available" in err
+
+
+def test_a_quantized_source_and_drafts_are_refused_before_anything_runs(project: Path, capsys, tmp_path: Path) -> None:
+    source, out = tmp_path / "fp8", tmp_path / "out"
+    assert run_main(capsys, "quantize", project / "model", "--format", "fp8", "--out", source)[0] == 0
+    code, _, err = run_main(
+        capsys, "build", project / "tiny.toml", "--out", out, "--set", f"model.source={source}",
+        "--set", "quantize.method=none", "--set", "quantize.format=auto",
+    )  # fmt: skip
+    assert code == 1
+    assert "the checkpoint is quantized (compressed-tensors): a build takes weights in 16 or 32 bit" in err
+    assert "tokens x layers" not in err
+    code, _, err = run_main(
+        capsys, "build", project / "tiny.toml", "--out", out, "--set", "serve.speculative=mtp",
+    )  # fmt: skip
+    assert code == 1
+    assert "drops the MTP layers" in err
+    assert not out.exists()

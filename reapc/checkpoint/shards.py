@@ -65,6 +65,10 @@ class Shards:
         """Bytes of all tensors on disk."""
         return sum(entry.bytes for entry in self.entries.values())
 
+    def in_order(self) -> list[TensorEntry]:
+        """All tensors, shard by shard in the order of their bytes."""
+        return sorted(self.entries.values(), key=lambda entry: (self.shard_of[entry.name].name, entry.start))
+
     def stored_tensor(self, name: str) -> torch.Tensor:
         """The tensor as stored, mapped from the file (its pages are the file's, not anonymous memory)."""
         from safetensors import safe_open

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from reapc.checkpoint.safetensors_file import DTYPE_BYTES
+from reapc.checkpoint.safetensors_file import DTYPE_BYTES, OutTensor
+from reapc.checkpoint.shards import INDEX
 from reapc.errors import ReapcError
 
 if TYPE_CHECKING:
@@ -53,3 +54,12 @@ def write_streamed(path: Path, slots: Sequence[Slot], tensors: Iterable[torch.Te
         out.flush()
         os.fsync(out.fileno())
     return 8 + len(text) + offset
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[Slot | OutTensor]]) -> None:
+    """Writes the index of a folder of shards (file name -> its tensors)."""
+    index = {
+        "metadata": {"total_size": sum(tensor.bytes for tensors in shards.values() for tensor in tensors)},
+        "weight_map": dict(sorted((tensor.name, name) for name, tensors in shards.items() for tensor in tensors)),
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -53,15 +53,16 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _entries() -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = tomllib.loads((Path(__file__).parent / "parsers.toml").read_text())["entry"]
-    return entries
+def entries() -> list[dict[str, Any]]:
+    """The entries of parsers.toml, in its order."""
+    found: list[dict[str, Any]] = tomllib.loads((Path(__file__).parent / "parsers.toml").read_text())["entry"]
+    return found
 
 
 def choose_parsers(artifact: Artifact, name: str, tool: str = "auto", reasoning: str = "auto") -> Parsers:
     """The parsers for a model (``parsers.toml``): by model_type, and by ``name`` where that is not enough. A parser
     whose marks the chat template lacks is left out; "none" leaves one out, another name takes its place."""
-    for entry in _entries():
+    for entry in entries():
         if artifact.model_type in entry["models"] and re.search(entry.get("name", ""), name, re.IGNORECASE):
             break
     else:

@@ -12,6 +12,7 @@ from reapc.checkpoint.atomic import atomic_path, require_room
 from reapc.checkpoint.reader import INDEX, Checkpoint
 from reapc.checkpoint.safetensors_file import OutTensor, TensorEntry, write_copied
 from reapc.checkpoint.side_files import copy_side_files
+from reapc.checkpoint.streamed_writer import write_index
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.observe.scores import Scores
 from reapc.progress import Progress
@@ -150,9 +151,7 @@ def prune(checkpoint: Checkpoint, kept: dict[int, list[int]], out: Path, progres
                 written += write_copied(partial / name, tensors, checkpoint.metadata[name])
                 advance(sum(tensor.bytes for tensor in tensors))
         if (checkpoint.folder / INDEX).is_file():
-            weight_map = {tensor.name: name for name, tensors in shards.items() for tensor in tensors}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            write_index(partial, shards)
     return written
 
 

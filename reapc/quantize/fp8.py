@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reapc.arch import TensorSpec
 from reapc.checkpoint.atomic import atomic_path, require_room
 from reapc.checkpoint.reader import INDEX, Checkpoint
 from reapc.checkpoint.side_files import copy_side_files
-from reapc.checkpoint.streamed_writer import Slot, write_streamed
+from reapc.checkpoint.streamed_writer import Slot, write_index, write_streamed
 from reapc.errors import ReapcError
 from reapc.formats import weights
-from reapc.formats.layout import stored
+from reapc.formats.layout import parts, stored
 from reapc.formats.weights import FP8_BLOCK, WeightFormat
 from reapc.progress import Progress
 from reapc.quantize.source import refuse_quantized
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 LARGEST = 448.0
-SCALE_NAMES = {"fp8-block": "weight_scale_inv", "fp8": "weight_scale"}
+METHODS = ("fp8-block", "fp8")
 
 
 def cast_blocks(weight: torch.Tensor, block: int = FP8_BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,8 +98,8 @@ def quantize(source: Path, out: Path, fmt: WeightFormat, progress: Progress) -> 
     ReapcError where the source is quantized already or ``out`` exists."""
     checkpoint = Checkpoint(source)
     refuse_quantized(checkpoint.config, source)
-    if fmt.method not in SCALE_NAMES:
-        raise ReapcError(f"{fmt.name} is not an FP8 format", hint=f"one of {', '.join(SCALE_NAMES)}")
+    if fmt.method not in METHODS:
+        raise ReapcError(f"{fmt.name} is not an FP8 format", hint=f"one of {', '.join(METHODS)}")
     if reason := weights.misfit(fmt, checkpoint.spec):
         raise ReapcError(f"{source}: {fmt.name}: {reason}")
     if out.exists():
@@ -115,38 +114,25 @@ def quantize(source: Path, out: Path, fmt: WeightFormat, progress: Progress) -> 
         copy_side_files(checkpoint, partial)
         config = {**checkpoint.config, "quantization_config": quantization_config(fmt.method, ignored)}
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        shards = _shards(checkpoint, fmt.method, covered)
+        shards = _shards(checkpoint, covered)
         with progress.task(f"cast to {fmt.name}", checkpoint.bytes, "B") as advance:
             for name, slots in shards.items():
-                tensors = _tensors(checkpoint, fmt.method, covered, name, advance)
+                tensors = _tensors(checkpoint, covered, name, advance)
                 write_streamed(partial / name, slots, tensors, checkpoint.metadata[name])
         if (checkpoint.folder / INDEX).is_file():
-            total = sum(slot.bytes for slots in shards.values() for slot in slots)
-            weight_map = {slot.name: name for name, slots in shards.items() for slot in slots}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            write_index(partial, shards)
     return {"tool": "reapc", "method": "round to nearest", "seconds": time.monotonic() - start}
 
 
-def _covered(checkpoint: Checkpoint, fmt: WeightFormat) -> tuple[set[str], list[str]]:
-    """Names of the tensors to cast, and the modules of those that could be and stay."""
-    spec, covered, ignored = checkpoint.spec, set(), []
-
-    def sort(tensor: TensorSpec, cast: bool) -> None:
-        if cast and tensor.name in checkpoint.entries:
-            covered.add(tensor.name)
+def _covered(checkpoint: Checkpoint, fmt: WeightFormat) -> tuple[dict[str, WeightFormat], list[str]]:
+    """The format of every tensor to cast, by name, and the modules of the matrices that stay."""
+    covered: dict[str, WeightFormat] = {}
+    ignored = []
+    for tensor, _, found in stored(fmt, checkpoint.spec, mtp=True):
+        if found is not None and tensor.name in checkpoint.entries:
+            covered[tensor.name] = found
         elif tensor.name.endswith(".weight") and len(tensor.shape) == 2 and tensor.role != "embedding":
             ignored.append(tensor.module)
-
-    for item in stored(fmt, spec):
-        sort(item.tensor, item.format is not None)
-    for layer in spec.mtp_layers:
-        for group in layer.kind.tensors:
-            for tensor in group.expand(f"{layer.prefix}.", spec.num_experts, layer.index):
-                sort(tensor, fmt.covers(group, layer.index))
-    for group in spec.mtp_outer:
-        for tensor in group.expand("", spec.num_experts, None):
-            sort(tensor, False)
     fused = next((name for name in covered if not name.endswith(".weight")), None)
     if fused is not None:
         raise ReapcError(
@@ -157,37 +143,28 @@ def _covered(checkpoint: Checkpoint, fmt: WeightFormat) -> tuple[set[str], list[
     return covered, ignored
 
 
-def _shards(checkpoint: Checkpoint, method: str, covered: set[str]) -> dict[str, list[Slot]]:
+def _shards(checkpoint: Checkpoint, covered: dict[str, WeightFormat]) -> dict[str, list[Slot]]:
     shards: dict[str, list[Slot]] = {}
-    for entry in _ordered(checkpoint):
+    for entry in checkpoint.in_order():
         slots = shards.setdefault(checkpoint.shard_of[entry.name].name, [])
-        if entry.name not in covered:
+        if (found := covered.get(entry.name)) is None:
             slots.append(Slot(entry.name, entry.dtype, entry.shape))
             continue
         rows, columns = entry.shape
-        scales = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)) if method == "fp8-block" else (rows, 1)
-        slots.append(Slot(entry.name, "F8_E4M3", entry.shape))
-        slots.append(Slot(_scale_name(entry.name, method), "F32", scales))
+        module = entry.name.removesuffix("weight")
+        slots += [Slot(module + part.suffix, part.dtypes[0], part.shape) for part in parts(found, rows, columns)]
     return shards
 
 
-def _ordered(checkpoint: Checkpoint) -> list[Any]:
-    return sorted(checkpoint.entries.values(), key=lambda entry: (checkpoint.shard_of[entry.name].name, entry.start))
-
-
-def _scale_name(name: str, method: str) -> str:
-    return name.removesuffix("weight") + SCALE_NAMES[method]
-
-
 def _tensors(
-    checkpoint: Checkpoint, method: str, covered: set[str], shard: str, advance: Any
+    checkpoint: Checkpoint, covered: dict[str, WeightFormat], shard: str, advance: Callable[[float], None]
 ) -> Iterator[torch.Tensor]:
-    for entry in _ordered(checkpoint):
+    for entry in checkpoint.in_order():
         if checkpoint.shard_of[entry.name].name != shard:
             continue
-        if entry.name in covered:
-            weight = checkpoint.checked_tensor(entry.name)
-            yield from cast_blocks(weight) if method == "fp8-block" else cast_channels(weight)
-        else:
+        if (found := covered.get(entry.name)) is None:
             yield checkpoint.tensor(entry.name)
+        else:
+            weight = checkpoint.checked_tensor(entry.name)
+            yield from cast_blocks(weight) if found.method == "fp8-block" else cast_channels(weight)
         advance(entry.bytes)

@@ -12,17 +12,17 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from reapc.arch import load_config
 from reapc.checkpoint.atomic import require_room
 from reapc.checkpoint.reader import INDEX, Checkpoint
-from reapc.checkpoint.safetensors_file import TensorEntry, read_header
+from reapc.checkpoint.shards import Shards
 from reapc.checkpoint.side_files import copy_side_files
-from reapc.checkpoint.streamed_writer import Slot, write_streamed
+from reapc.checkpoint.streamed_writer import Slot, write_index, write_streamed
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.formats import weights
-from reapc.formats.layout import stored
+from reapc.formats.layout import Part, parts, stored
 from reapc.formats.weights import WeightFormat
 from reapc.quantize.source import refuse_quantized
 
@@ -30,17 +30,8 @@ if TYPE_CHECKING:
     import torch
 
 Modules = dict[str, WeightFormat | None]
-HALF = ("F16", "BF16")
 # Both quantizers leave a linear alone whose sides are no multiple of this (auto-round: "shape not divisible by 32").
 SIDE = 32
-
-
-class Part(NamedTuple):
-    """One tensor of a packed linear: the end of its name, its shape, and the safetensors dtypes that it may have."""
-
-    suffix: str
-    shape: tuple[int, ...]
-    dtypes: tuple[str, ...]
 
 
 def open_source(source: Path, fmt: WeightFormat, out: Path) -> Checkpoint:
@@ -99,23 +90,6 @@ def default_of(fmt: WeightFormat, modules: Modules) -> WeightFormat:
     return max(counts, key=lambda item: (counts[item], item.bits == fmt.bits))
 
 
-def parts(fmt: WeightFormat, rows: int, columns: int) -> tuple[Part, ...]:
-    """The tensors that a (rows, columns) linear becomes in a plain ``fmt`` of a method with groups."""
-    groups = columns // fmt.group_size
-    if fmt.method == "ct":
-        return (
-            Part("weight_packed", (rows, -(-columns * fmt.bits // 32)), ("I32",)),
-            Part("weight_scale", (rows, groups), HALF),
-            Part("weight_shape", (2,), ("I64",)),
-        )
-    packed = (
-        Part("qweight", (columns * fmt.bits // 32, rows), ("I32",)),
-        Part("qzeros", (groups, rows * fmt.bits // 32), ("I32",)),
-        Part("scales", (groups, rows), HALF),
-    )
-    return (*packed, Part("g_idx", (columns,), ("I32",))) if fmt.method == "gptq" else packed
-
-
 def publish(
     checkpoint: Checkpoint, raw: Path, out: Path, modules: Modules, quantization_config: Mapping[str, Any]
 ) -> None:
@@ -128,7 +102,7 @@ def publish(
     config = {**checkpoint.config, "quantization_config": dict(quantization_config)}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shards: dict[str, list[tuple[Slot, bool]]] = {}
-    for entry in _ordered(checkpoint):
+    for entry in checkpoint.in_order():
         slots = shards.setdefault(checkpoint.shard_of[entry.name].name, [])
         module = entry.name.removesuffix(".weight")
         fmt = modules.get(module) if entry.name.endswith(".weight") else None
@@ -141,15 +115,8 @@ def publish(
         tensors = (saved.checked(slot) if packed else checkpoint.tensor(slot.name) for slot, packed in slots)
         write_streamed(out / name, [slot for slot, _ in slots], tensors, checkpoint.metadata[name] or {"format": "pt"})
     if (checkpoint.folder / INDEX).is_file():
-        total = sum(slot.bytes for slots in shards.values() for slot, _ in slots)
-        weight_map = {slot.name: name for name, slots in shards.items() for slot, _ in slots}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_index(out, {name: [slot for slot, _ in slots] for name, slots in shards.items()})
     _sync(out)
-
-
-def _ordered(checkpoint: Checkpoint) -> list[TensorEntry]:
-    return sorted(checkpoint.entries.values(), key=lambda entry: (checkpoint.shard_of[entry.name].name, entry.start))
 
 
 def _sync(folder: Path) -> None:
@@ -159,18 +126,8 @@ def _sync(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-class _Raw:
-    """The tensors that a quantizer saved, in any number of safetensors files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.entries: dict[str, TensorEntry] = {}
-        self.files: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            entries, _ = read_header(path)
-            self.entries.update(entries)
-            self.files.update(dict.fromkeys(entries, path))
+class _Raw(Shards):
+    """The tensors that a quantizer saved."""
 
     def slot(self, module: str, part: Part) -> Slot:
         """The announced tensor of a packed linear; CannotBeDone where it is missing or has another shape."""
@@ -193,12 +150,8 @@ class _Raw:
     def checked(self, slot: Slot) -> torch.Tensor:
         """The tensor, refused when a scale is not a number or the columns are not in their order."""
         import torch
-        from safetensors import safe_open
 
-        path = self.files[slot.name]
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        tensor: torch.Tensor = self._open[path].get_tensor(slot.name)
+        tensor = self.stored_tensor(slot.name)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CannotBeDone(
                 f"the quantizer wrote scales that are no numbers: {slot.name}",
