@@ -110,3 +110,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_glm4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_glm4(tmp_path_factory.mktemp("tiny-glm4"))
+
+
+@pytest.fixture(scope="session")
+def tools(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A cache of the tests' own, with the real llama.cpp tools linked into it."""
+    from reapc.toolchain import require
+
+    require("quantize")
+    from reapc.stages import cache_root
+
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "reapc").mkdir()
+    if (cache_root() / "llama.cpp").is_dir():
+        (cache / "reapc" / "llama.cpp").symlink_to(cache_root() / "llama.cpp")
+    return str(cache)
+
+
+@pytest.fixture
+def cache(tools: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("XDG_CACHE_HOME", tools)
+    return tools

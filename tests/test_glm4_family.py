@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_glm4, make_tokens
+from conftest import ROOT, make_glm4, make_tokens, run_main
 from safetensors.torch import load_file, save_file
-from test_build import cache, run, tools  # noqa: F401
 from test_prune import load, tree_digest
 
 from reapc.checkpoint.reader import Checkpoint
@@ -262,12 +261,12 @@ class TestGroups:
 def test_commands(tiny_glm4: Path, tmp_path: Path, capsys) -> None:
     save_file({"input_ids": torch.from_numpy(make_tokens(4, 32).input_ids)}, tmp_path / "tokens.safetensors")
     scores = tmp_path / "scores.safetensors"
-    code, text, err = run(
+    code, text, err = run_main(
         capsys, "observe", tiny_glm4, "--tokens", tmp_path / "tokens.safetensors", "--out", scores, "--json"
     )
     assert code == 0, err
     assert json.loads(text)["layers"] == [1, 2]
-    code, text, err = run(
+    code, text, err = run_main(
         capsys, "prune", tiny_glm4, "--scores", scores, "--experts", 7, "--out", tmp_path / "out", "--json"
     )
     assert code == 0, err
@@ -324,7 +323,7 @@ def test_build_to_gguf(tmp_path: Path, capsys) -> None:
     tokens = make_tokens(10, 64, vocab=2000)
     save_file({"input_ids": torch.from_numpy(tokens.input_ids)}, tmp_path / "tokens.safetensors")
     (tmp_path / "glm.toml").write_text(RECIPE)
-    code, _, err = run(capsys, "build", tmp_path / "glm.toml", "--out", tmp_path / "out")
+    code, _, err = run_main(capsys, "build", tmp_path / "glm.toml", "--out", tmp_path / "out")
     assert code == 0, err
     assert "num_nextn_predict_layers = 0" in err
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -333,16 +332,16 @@ def test_build_to_gguf(tmp_path: Path, capsys) -> None:
     assert fit["weights"]["predicted_bytes"] == fit["weights"]["actual_bytes"]
     assert 0 < manifest["fidelity"]["kl"] < 1
 
-    code, _, err = run(
+    code, _, err = run_main(
         capsys, "prune", model, "--scores", tmp_path / "out" / "scores.safetensors", "--experts", 7,
         "--out", tmp_path / "pruned",
     )  # fmt: skip
     assert code == 0, err
     command = ("quantize", tmp_path / "pruned", "--format", "Q8_0", "--no-imatrix", "--pre-tokenizer", "qwen2")
-    code, _, err = run(capsys, *command, "--out", tmp_path / "q8.gguf")
+    code, _, err = run_main(capsys, *command, "--out", tmp_path / "q8.gguf")
     assert code == 0, err
     files = (tmp_path / "pruned", tmp_path / "q8.gguf")
-    code, text, err = run(capsys, "compare", *files, "--tokens", tmp_path / "tokens.safetensors", "--json")
+    code, text, err = run_main(capsys, "compare", *files, "--tokens", tmp_path / "tokens.safetensors", "--json")
     assert code == 0, err
     assert json.loads(text)["kl"] < 0.01
     assert json.loads(text)["top1"] > 0.9
