@@ -30,7 +30,7 @@ def make_checkpoint(
     weight_map: dict[str, str] = {}
     for index in [None, *range(layers)]:
         name = "outer.safetensors" if index is None else f"layer-{index}.safetensors"
-        tensors = spec.outer_tensors if index is None else spec.layers[index].tensors
+        tensors = spec.outer_tensors if index is None else spec.layer_tensors(index)
         arrays = {
             t.name: torch.ones(t.shape, dtype=dtype) if t.role == "norm" else torch.randn(t.shape, dtype=dtype) * 0.03
             for t in tensors

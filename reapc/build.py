@@ -347,9 +347,9 @@ class Build:
         def work(folder: Path, scratch: Path) -> None:
             from reapc.quantize.imatrix import write_from_scores
 
-            scores = observe(Checkpoint(pruned), self.inputs.calibration, scratch, self.progress, moments=True)
-            arch = str(self.inputs.checkpoint.spec.gguf_arch)
-            write_from_scores(folder / "imatrix.gguf", scores, self.inputs.calibration, arch)
+            checkpoint = Checkpoint(pruned)
+            scores = observe(checkpoint, self.inputs.calibration, scratch, self.progress, moments=True)
+            write_from_scores(folder / "imatrix.gguf", scores, self.inputs.calibration, checkpoint.spec)
 
         folder, key = self.cache.run("imatrix", depends, work)
         return folder / "imatrix.gguf", key

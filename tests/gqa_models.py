@@ -68,7 +68,10 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": {
         "model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"],
         # The class's default for the text part is tied; the whole says otherwise, and counts.
-        "text_config": _text("qwen3_vl_moe_text", num_experts=6, tie_word_embeddings=True),
+        "text_config": _text(
+            # 2 x 40 differs from 64: transformers tells by the shape whether it is transposed
+            "qwen3_vl_moe_text", num_experts=6, tie_word_embeddings=True, moe_intermediate_size=40,
+        ),
         "vision_config": DEEPSTACK, "tie_word_embeddings": False,
     },
     "glm4_moe": _text(

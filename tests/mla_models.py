@@ -17,7 +17,15 @@ def transformers_model(config: dict[str, Any]) -> Any:
 
     It does not read the published names of the vision keys, and has Kimi-K2.5's numbers for defaults.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto = AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
+    return auto.from_config(transformers_config(config))
+
+
+def transformers_config(config: dict[str, Any]) -> Any:
+    """transformers' config of the published one."""
+    from transformers import AutoConfig
 
     kept = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config") and k[0] != "_"}
     if "text_config" in kept:
@@ -25,8 +33,7 @@ def transformers_model(config: dict[str, Any]) -> Any:
         kept["text_config"], kept["vision_config"] = text, own_names(kept["vision_config"])
         kept["projection_hidden_size"] = kept["vision_config"]["hidden_size"]
     model_type = TRANSFORMERS_TYPE.get(config["model_type"], config["model_type"])
-    auto = AutoModelForImageTextToText if "text_config" in kept else AutoModelForCausalLM
-    return auto.from_config(AutoConfig.for_model(model_type, **kept))
+    return AutoConfig.for_model(model_type, **kept)
 
 
 def own_names(vision: dict[str, Any]) -> dict[str, Any]:

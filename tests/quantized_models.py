@@ -22,7 +22,7 @@ from reapc.formats import weights
 from reapc.formats.weights import WeightFormat
 from reapc.observe.reference import final_log_probs
 from reapc.quantize import checkpoint as quantizer
-from reapc.stream import HiddenStates, StreamedModel, run_layers
+from reapc.stream import StreamedModel, run_layers, states_of
 from reapc.stream.tokens import Tokens
 
 SHAPE = dict(
@@ -78,7 +78,7 @@ def streamed(checkpoint: Checkpoint, folder: Path) -> torch.Tensor:
     """Log-probabilities (sequences, length, vocabulary) of the held-out tokens by reapc's own streamed forward."""
     model = StreamedModel(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
-    states = HiddenStates(held_out(), folder, "test", model.spec.hidden_size)
+    states = states_of(model, held_out(), folder, "test")
     run_layers(model, [(states, False)], lambda i: None, lambda i, o: None, make_progress())
     return torch.from_numpy(np.stack(list(final_log_probs(model, states))))
 

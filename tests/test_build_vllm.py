@@ -55,7 +55,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     ("name", "settings", "tool"),
     [
         ("fp8", {}, "reapc"),
-        ("fp8-block+layers.0=16", {}, "reapc"),
+        ("fp8-block:experts+layers.0=16", {}, "reapc"),
         ("auto-round-w4g32:experts", {"iters": 0}, "auto-round"),
         ("ct-w3g64", {"iters": 0}, "auto-round"),
         ("gptq-w4g128", {}, "gptqmodel"),

@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from reapc.errors import ReapcError
-from reapc.quantize.gguf import convert, dry_run_bytes, imatrix_name, quantize, write_imatrix
+from reapc.quantize.gguf import convert, dry_run_bytes, quantize, write_imatrix
 from reapc.toolchain import find_llamacpp
 from reapc.verify.gguf_logits import gguf_log_probs
 
@@ -53,12 +53,12 @@ def imatrix(source: Path) -> Path:
     counts[3] = 0
     entries = {}
     for layer in range(2):
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
             sums = random.random(HIDDEN) * 500
-            entries[imatrix_name(f"model.layers.{layer}.self_attn.{name}")] = (sums, np.array([500]))
-        for name in ("gate_proj", "up_proj", "down_proj"):
+            entries[f"blk.{layer}.{name}.weight"] = (sums, np.array([500]))
+        for name in ("gate", "up", "down"):
             sums = random.random((EXPERTS, 256)) * counts[:, None]
-            entries[imatrix_name(f"model.layers.{layer}.mlp.experts.{name}")] = (sums, counts)
+            entries[f"blk.{layer}.ffn_{name}_exps.weight"] = (sums, counts)
     path = source.with_name("imatrix.gguf")
     write_imatrix(path, entries, chunk_count=1, chunk_size=500, datasets=["random"])
     return path
@@ -143,24 +143,3 @@ def test_imatrix_refuses_what_the_quantizer_would(tmp_path: Path) -> None:
         write_imatrix(tmp_path / "x", {"a.weight": (np.array([np.nan]), np.array([1]))}, 1, 1, ["random"])
     with pytest.raises(ReapcError, match="2 rows"):
         write_imatrix(tmp_path / "x", {"a.weight": (np.ones((2, 4)), np.ones(3))}, 1, 1, ["random"])
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("model.layers.3.self_attn.q_proj", "blk.3.attn_q.weight"),
-        ("model.layers.3.self_attn.o_proj", "blk.3.attn_output.weight"),
-        ("model.layers.3.mlp.gate", "blk.3.ffn_gate_inp.weight"),
-        ("model.layers.3.mlp.experts.7.gate_proj", "blk.3.ffn_gate_exps.weight"),
-        ("model.layers.3.mlp.experts.up_proj", "blk.3.ffn_up_exps.weight"),
-        ("model.layers.3.mlp.experts.down_proj", "blk.3.ffn_down_exps.weight"),
-        ("lm_head", "output.weight"),
-    ],
-)
-def test_imatrix_names(module: str, name: str) -> None:
-    assert imatrix_name(module) == name
-
-
-def test_imatrix_name_of_an_unknown_module() -> None:
-    with pytest.raises(ReapcError, match="no tensor"):
-        imatrix_name("model.layers.0.mlp.surprise")

@@ -14,6 +14,8 @@ from reapc.errors import CannotBeDone, ReapcError
 T = TypeVar("T")
 _REQUIRED = object()
 
+# What configs call the number of routed experts; the older and the newer of a family may both be there.
+EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 # model_type -> module in reapc/arch: a family is imported when a config asks for it.
 FAMILIES = {
     "deepseek_v2": "deepseek",
@@ -133,7 +135,7 @@ def model_spec(config: dict[str, Any], where: str = "config.json") -> ModelSpec:
     if isinstance(model_type, str) and model_type in FAMILIES:
         spec: ModelSpec = importlib.import_module(f"reapc.arch.{FAMILIES[model_type]}").build(config, where)
         check_moe(spec, where)
-        return spec
+        return replace(spec, expert_count_keys=_every_count(config, spec, where))
     if not any("expert" in key for key in _all_keys(config)):
         raise CannotBeDone(
             f"{where}: no experts to prune: model_type {model_type!r} is a dense model",
@@ -142,6 +144,27 @@ def model_spec(config: dict[str, Any], where: str = "config.json") -> ModelSpec:
     raise CannotBeDone(
         f"{where}: model_type {model_type!r} is not supported yet", hint=f"supported: {', '.join(FAMILIES)}"
     )
+
+
+def _every_count(config: dict[str, Any], spec: ModelSpec, where: str) -> tuple[str, ...]:
+    """The keys that count experts: the family's own, then whatever else a config names so; ReapcError where one has
+    another value, for each engine reads the one that it knows."""
+    text = config.get("text_config")
+    sections = (("", config), ("text_config.", text if isinstance(text, dict) else {}))
+    found = {
+        prefix + key: section[key]
+        for prefix, section in sections
+        for key in EXPERT_COUNTS
+        if section.get(key) is not None
+    }
+    wrong = [key for key, value in found.items() if value != spec.num_experts]
+    if wrong:
+        right = spec.expert_count_keys[0]
+        raise ReapcError(
+            f"{where}: {right} = {spec.num_experts} and {wrong[0]} = {found[wrong[0]]!r} contradict each other",
+            hint="both count the routed experts of a layer: remove the wrong one",
+        )
+    return tuple(dict.fromkeys((*spec.expert_count_keys, *found)))
 
 
 def check_moe(spec: ModelSpec, where: str) -> None:

@@ -1,6 +1,8 @@
 """DeepSeek-V4: one latent for all heads, K and V at once. Every layer keeps a sliding window of it; most also keep
 compressed entries, one for 4 or for 128 tokens (``compress_ratios``), and an indexer chooses among those of ratio 4.
-Hyper-connections; the first layers choose experts by a table from token to experts (tid2eid).
+Hyper-connections; the first layers choose experts by a table from token to experts (tid2eid). All layers share one
+expert count, so pruning remaps the table: kept experts are renumbered, and an entry that names a dropped one gets the
+kept expert of the highest value in its layer that the token does not have yet (prune/table.py).
 
 Names, shapes and dtypes are those of the headers of V4-Flash and V4-Pro (github gogongxt/python, scripts/models/
 deepseek_v4_*.md; no ``model.`` prefix). Experts are published as packed fp4 with a scale per 32, most other matrices in
@@ -82,6 +84,8 @@ def build(config: dict[str, Any], where: str) -> ModelSpec:
             LayerSpec(count + i, f"mtp.{i}", _without_gguf(kinds[pair])) for i, pair in enumerate(pairs[count:])
         ),
         mtp_outer=tuple(group for i in range(mtp) for group in _mtp_outer(config, where, i, hidden)),
+        mtp_count_keys=("num_nextn_predict_layers",) if mtp else (),
+        mtp_list_keys=("compress_ratios",) if mtp and len(config["compress_ratios"]) == count + mtp else (),
         shared_experts=shared,
         norm_topk=read(config, "norm_topk_prob", bool, where, True),
         latent_attention=True,
@@ -202,9 +206,10 @@ def _hyper_head(config: dict[str, Any], where: str, prefix: str, hidden: int, gg
 
 
 def _table(vocab: int, top_k: int) -> TensorGroup:
-    """Token to experts, in expert numbers: who prunes such a layer has to remap them."""
+    """Token to experts, in expert numbers."""
     part = (GgufPart("ffn_gate_tid2eid.weight", (vocab, top_k)),)
-    return TensorGroup("ffn.gate.tid2eid", (vocab, top_k), "router", "replicate", None, (), part, "int64")
+    shape = (vocab, top_k)
+    return TensorGroup("ffn.gate.tid2eid", shape, "router", "replicate", None, (), part, "int64", names_experts=True)
 
 
 def _shared(hidden: int, width: int) -> list[TensorGroup]:

@@ -54,6 +54,7 @@ def build(config: dict[str, Any], where: str) -> ModelSpec:
         gguf_arch="mimo2",
         mtp_layers=tuple(LayerSpec(d.count + i, f"model.mtp.layers.{i}", draft) for i in range(mtp)),
         mtp_outer=tuple(group for i in range(mtp) for group in _mtp_outer(i, d.count + i, d.hidden)),
+        mtp_count_keys=("num_nextn_predict_layers",) if mtp else (),
         norm_topk=d.flag("norm_topk_prob", True),
         n_group=read(config, "n_group", int, where, 1),
         topk_group=read(config, "topk_group", int, where, 1),

@@ -199,6 +199,7 @@ def build_family(config: dict[str, Any], where: str, family: Family) -> ModelSpe
         gguf_arch=family.gguf_arch,
         mtp_layers=mtp_layers,
         mtp_outer=_with_norms(mtp_outer, family.norm_dtype),
+        mtp_count_keys=(f"{family.key_prefix}num_nextn_predict_layers",) if mtp_layers else (),
         shared_experts=shared,
         norm_topk=bool(config.get("norm_topk_prob", family.router_bias)),  # transformers' defaults: V2 no, others yes
         n_group=read(config, "n_group", int, where, 1),

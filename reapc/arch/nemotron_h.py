@@ -73,6 +73,7 @@ def build(config: dict[str, Any], where: str) -> ModelSpec:
         outer=_outer(hidden, vocab, tied),
         gguf_arch="nemotron_h_moe",
         mtp_layers=_mtp_layers(config, where, hidden, count, attention, cache, moe),
+        mtp_count_keys=("num_nextn_predict_layers",) if config.get("num_nextn_predict_layers") else (),
         shared_experts=read(config, "n_shared_experts", int, where, 1),
         norm_topk=read(config, "norm_topk_prob", bool, where, True),
         n_group=read(config, "n_group", int, where, 1),

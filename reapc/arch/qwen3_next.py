@@ -94,6 +94,7 @@ def language_model(
         gguf_arch=gguf_arch,
         mtp_layers=tuple(LayerSpec(count + i, f"mtp.layers.{i}", mtp_kind) for i in range(mtp_count)),
         mtp_outer=mtp_outer(hidden, count) if mtp_count else (),
+        mtp_count_keys=(f"{key_prefix}mtp_num_hidden_layers",) if mtp_count else (),
         shared_experts=1,
         norm_topk=norm_topk,
         quantization=config.get("quantization_config"),

@@ -64,7 +64,7 @@ class TensorGroup:
     as stored, without the expert axis; ``expert_axis`` says where a fused tensor has that axis (router rows: 0).
     ``linears`` are the (out, in) matrices inside it that a weight format may quantize, per expert where there are
     experts: ((m, h), (m, h)) for a fused gate_up. Empty: it always stays in its dtype. ``dtype`` is empty for the
-    model's own. ``gguf``: what llama.cpp's converter makes of it.
+    model's own. ``gguf``: what llama.cpp's converter makes of it. ``names_experts``: its values are numbers of experts.
     """
 
     name: str
@@ -75,6 +75,7 @@ class TensorGroup:
     linears: tuple[tuple[int, int], ...] = ()
     gguf: tuple[GgufPart, ...] = ()
     dtype: str = ""
+    names_experts: bool = False
 
     @property
     def per_expert(self) -> bool:
@@ -187,6 +188,7 @@ class ModelSpec:
     mtp_layers: tuple[LayerSpec, ...] = ()
     mtp_outer: tuple[TensorGroup, ...] = ()
     mtp_count_keys: tuple[str, ...] = ()  # where the config counts MTP layers; dotted where nested
+    mtp_list_keys: tuple[str, ...] = ()  # its per-layer lists that go on with the MTP layers; dotted where nested
     vision_parameters: int = 0
     gguf_extra: tuple[GgufPart, ...] = ()  # what the converter adds that no tensor on disk becomes
     shared_experts: int = 0

@@ -23,17 +23,22 @@ from reapc.errors import ReapcError
 
 MODEL_TYPES = ("step3p7",)
 FIRST_MOE_LAYER = 3  # the class's default
+# Lists that published configs go on with for the MTP layers (transformers' Step3p7TextConfig cuts just these).
+PER_LAYER = (
+    "layer_types", "mlp_layer_types", "swiglu_limits", "swiglu_limits_shared", "rope_theta", "partial_rotary_factors",
+)  # fmt: skip
 
 
 def build(config: dict[str, Any], where: str) -> ModelSpec:
     """ModelSpec of a Step-3.7 config; ReapcError names a key that is missing, wrong or contradicted."""
     text, text_where = text_config(config, where)
     trimmed = text is config
+    nested = "" if trimmed else "text_config."
     kv_heads, _ = expert_count(text, text_where, ("num_key_value_heads", "num_attention_groups"))
     d = decoder(
         {**text, "num_key_value_heads": kv_heads}, text_where,
         ("moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts"),
-        key_prefix="" if trimmed else "text_config.", own_head_dim=True,
+        key_prefix=nested, own_head_dim=True,
     )  # fmt: skip
     top_k, _ = expert_count(text, text_where, ("num_experts_per_tok", "moe_top_k"))
     width, dense = d.number("moe_intermediate_size"), d.number("intermediate_size")
@@ -67,11 +72,19 @@ def build(config: dict[str, Any], where: str) -> ModelSpec:
         gguf_arch="step35",
         mtp_layers=parts.stack("model.layers", [kinds[pair] for pair in pairs[d.count :]], d.count),
         mtp_outer=tuple(group for i in range(mtp) for group in _mtp_outer(d.count + i, d.hidden, d.vocab)),
+        mtp_count_keys=(f"{nested}num_nextn_predict_layers",) if mtp else (),
+        mtp_list_keys=tuple(f"{nested}{key}" for key in PER_LAYER if mtp and _length(text, key) == d.count + mtp),
         vision_parameters=0 if vision is None else vision_parameters(vision, d.hidden, f"{where}: vision_config"),
         shared_experts=1,
         norm_topk=d.flag("norm_expert_weight", True),
         quantization=config.get("quantization_config") or text.get("quantization_config"),
     )
+
+
+def _length(config: dict[str, Any], key: str) -> int:
+    """Entries of the list under ``key``; -1 where there is none."""
+    value = config.get(key)
+    return len(value) if isinstance(value, list) else -1
 
 
 def _layer_types(d: Decoder, mtp: int) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from reapc.arch import ModelSpec, TensorSpec, load_config, model_spec
 from reapc.checkpoint.packing import Packing
@@ -22,6 +22,11 @@ _SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _NAMED = 3  # of several tensors that are wrong, how many a message names
 
 
+def quantization_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The config's own ``quantization_config``, beside or inside ``text_config``; None where it states none."""
+    return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or None
+
+
 class PackedLinear(NamedTuple):
     """A quantized linear: the tensors that it lies in, by the end of their names, and how to read them."""
 
@@ -36,16 +41,22 @@ class Checkpoint(Shards):
 
     A quantized checkpoint (``quantization`` says how, None elsewhere) is read as if it were a plain one: ``tensor`` of
     a weight decodes it. Every tensor that its config implies must be there, with its shape, and none beside them in the
-    decoder layers: an expert that is not found would otherwise be a random one."""
+    decoder layers: an expert that is not found would otherwise be a random one.
 
-    def __init__(self, folder: Path) -> None:
+    ``as_stored``: quantized tensors are only ever copied, so a packing that cannot be decoded here is no obstacle and
+    what belongs to it is not checked (``prune`` does, by its own rules)."""
+
+    def __init__(self, folder: Path, *, as_stored: bool = False) -> None:
         if not folder.is_dir():
             raise ReapcError(f"{folder}: no such folder", hint="a checkpoint is a folder with config.json")
         self.config = load_config(folder)
         self.spec: ModelSpec = model_spec(self.config, str(folder / "config.json"))
-        self.quantization = quantization_of(self.config, str(folder / "config.json"))
+        self.as_stored = as_stored and bool(quantization_config(self.config))
+        self.quantization = None if self.as_stored else quantization_of(self.config, str(folder / "config.json"))
         super().__init__(folder)
         self.packed: dict[str, PackedLinear] = {}
+        if self.as_stored:
+            return
         if self.quantization is None:
             self._check_names()
         else:
@@ -53,11 +64,21 @@ class Checkpoint(Shards):
 
     def _check_names(self) -> None:
         """Every tensor that the config implies must be there, with its shape."""
+        missing: list[str] = []
+        wrong: list[str] = []
         for tensor in self.spec.tensors():
             entry = self.entries.get(tensor.name)
             if entry is None:
-                raise ReapcError(f"{self.folder}: tensor {tensor.name!r} is missing", hint="the download is incomplete")
-            self._check_shape(tensor.name, tensor.shape)
+                missing.append(f"tensor {tensor.name!r} is missing ({list(tensor.shape)} expected)")
+            elif entry.shape != tensor.shape:
+                wrong.append(
+                    f"tensor {tensor.name!r} has shape {list(entry.shape)}, config.json implies {list(tensor.shape)}"
+                )
+        if problems := [*wrong, *missing]:
+            raise ReapcError(
+                f"{self.folder}: {several(problems)}",
+                hint="config.json belongs to another checkpoint" if wrong else "the download is incomplete",
+            )
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         found = self.entries[name].shape
@@ -193,6 +214,12 @@ class Checkpoint(Shards):
                     hint="the checkpoint is damaged; scores and quantization would be meaningless",
                 )
         return tensor
+
+
+def several(problems: list[str]) -> str:
+    """The first few of ``problems``, and how many there are."""
+    text = "; ".join(problems[:_NAMED])
+    return f"{text}; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else text
 
 
 def listed(names: list[str]) -> str:

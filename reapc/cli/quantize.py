@@ -112,7 +112,7 @@ def _to_gguf(
                 calibration = load_data(folder, data, Path("."), LENGTH, sequences, 0, vocab)
                 scores = observe(checkpoint, calibration, work / "observe", progress)
                 matrix = work / "imatrix.gguf"
-                write_from_scores(matrix, scores, calibration, str(checkpoint.spec.gguf_arch))
+                write_from_scores(matrix, scores, calibration, checkpoint.spec)
             threads = os.cpu_count() or 1
             gguf.quantize(work / "base.gguf", out, fmt, matrix, threads=threads, log=progress.log)
     return {"output": str(out), "format": fmt, "bytes": out.stat().st_size}

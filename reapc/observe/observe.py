@@ -19,17 +19,19 @@ from reapc.observe.accumulate import LayerSums
 from reapc.observe.reference import write_reference
 from reapc.observe.scores import Scores
 from reapc.progress import Progress
+from reapc.stream.expert_weights import expert_places
 from reapc.stream.experts import LayerObserver
+from reapc.stream.families import carried_width, streams
 from reapc.stream.model import StreamedModel
-from reapc.stream.run import HiddenStates, run_layers
+from reapc.stream.run import HiddenStates, run_layers, states_of
 from reapc.stream.tokens import Tokens
 
 
 def disk_bytes(checkpoint: Checkpoint, calibration: Tokens, held_out: Tokens | None) -> int:
     """Bytes that the hidden states take on disk while the pass runs."""
-    hidden = checkpoint.spec.hidden_size
-    total = HiddenStates.disk_bytes(calibration, hidden)
-    return total + (HiddenStates.disk_bytes(held_out, hidden) if held_out else 0)
+    width = checkpoint.spec.hidden_size * streams(checkpoint.spec, checkpoint.config)
+    carried = carried_width(checkpoint.spec, checkpoint.config)
+    return sum(HiddenStates.disk_bytes(tokens, width, carried) for tokens in (calibration, held_out) if tokens)
 
 
 # What a run leaves here; a kill while it is removed may leave some of it without the stamp.
@@ -85,13 +87,15 @@ def observe(
         progress.log(f"observe: {done} of {spec.num_layers} layers were done before; going on")
     model = StreamedModel(checkpoint, dtype, device)
     model.check_outer()
-    sets = [(HiddenStates(calibration, work, "calibration", spec.hidden_size), True)]
+    sets = [(states_of(model, calibration, work, "calibration"), True)]
     if held_out is not None:
-        sets.append((HiddenStates(held_out, work, "held-out", spec.hidden_size), False))
+        sets.append((states_of(model, held_out, work, "held-out"), False))
 
     def observer_of(index: int) -> LayerSums:
-        experts = spec.num_experts if spec.layers[index].is_moe else 0
-        return LayerSums(experts, spec.hidden_size, spec.expert_intermediate_size, moments)
+        if not spec.layers[index].is_moe:
+            return LayerSums(0, 0, 0, moments)
+        places = expert_places(spec.layers[index].kind)
+        return LayerSums(spec.num_experts, places.inputs, places.width, moments)
 
     def layer_done(index: int, observer: LayerObserver | None) -> None:
         assert isinstance(observer, LayerSums)
@@ -129,7 +133,7 @@ def observe_reference(checkpoint: Checkpoint, held_out: Tokens, work: Path, out:
     require_room(work, HiddenStates.disk_bytes(held_out, checkpoint.spec.hidden_size), "the hidden states")
     model = StreamedModel(checkpoint)
     model.check_outer()
-    states = HiddenStates(held_out, work, "held-out", checkpoint.spec.hidden_size)
+    states = states_of(model, held_out, work, "held-out")
     run_layers(model, [(states, False)], lambda i: None, lambda i, o: None, progress, name="reference")
     write_reference(out, model, states)
     del states

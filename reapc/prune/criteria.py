@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from math import floor
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reapc.arch import ModelSpec
+from reapc.arch.spec import LayerSpec
 from reapc.errors import ReapcError
 from reapc.observe.scores import Scores
+
+if TYPE_CHECKING:
+    from reapc.checkpoint.reader import Checkpoint
 
 CRITERIA = {
     "reap": "reap",
@@ -35,23 +42,82 @@ def check_kept(kept: int, num_experts: int, top_k: int) -> None:
         )
 
 
-def groups_of(spec: ModelSpec) -> int:
-    """Groups that must keep equal counts: the router's where it looks into some of them only, else 1."""
-    return spec.n_group if spec.topk_group < spec.n_group else 1
+def groups_of(spec: ModelSpec, dissolve: bool = False) -> int:
+    """Groups that must keep equal counts: the router's where it looks into some of them only, else 1. ``dissolve``: the
+    groups are given up."""
+    return spec.n_group if spec.topk_group < spec.n_group and not dissolve else 1
+
+
+def fits_groups(spec: ModelSpec, count: int) -> bool:
+    """Whether the router's groups can hold ``count`` experts: as many in each, at least two where the original has two
+    (a group is worth its best two), and top-k in those that a token is sent to."""
+    each, rest = divmod(count, spec.n_group)
+    least = min(spec.num_experts // spec.n_group, 2)
+    return spec.n_group == 1 or (rest == 0 and each >= least and each * spec.topk_group >= spec.top_k)
+
+
+def check_count(spec: ModelSpec, count: int, dissolve: bool = False, where: str = "") -> None:
+    """ReapcError names the nearest counts that the router's groups can hold, unless ``count`` is one."""
+    if dissolve or fits_groups(spec, count):
+        return
+    possible = [n for n in range(1, spec.num_experts + 1) if fits_groups(spec, n)]
+    near = [*(n for n in possible[::-1] if n < count), None][:1] + [*(n for n in possible if n > count), None][:1]
+    raise ReapcError(
+        f"{where}{count} experts do not fill the router's {spec.n_group} groups equally, {spec.topk_group} of which "
+        f"have to hold the {spec.top_k} experts of a token",
+        hint=f"keep {' or '.join(str(n) for n in near if n is not None)} (a multiple of {spec.n_group}, at least "
+        f"{possible[0]}), or give up the groups with dissolve_groups, which changes the routing",
+    )
+
+
+def check_groups(spec: ModelSpec, kept: dict[int, list[int]], dissolve: bool = False) -> None:
+    """ReapcError where the router's groups cannot hold what is kept.
+
+    The router cuts the kept experts, in their order, into n_group equal parts. Where it chooses among few of them
+    (topk_group < n_group), each part must be what is left of one group of the original.
+    """
+    if spec.n_group == 1 or dissolve:
+        return
+    size = spec.num_experts // spec.n_group
+    for layer, experts in kept.items():
+        check_count(spec, len(experts), where=f"layer {layer}: ")
+        counts, each = Counter(e // size for e in experts), len(experts) // spec.n_group
+        if groups_of(spec) > 1 and any(counts[group] != each for group in range(spec.n_group)):
+            raise ReapcError(
+                f"layer {layer}: the experts kept are {[counts[group] for group in range(spec.n_group)]} of the "
+                f"router's {spec.n_group} groups of {size}; it looks into {spec.topk_group} groups for every token and "
+                "takes them to be equal",
+                hint=f"keep {each} of every group",
+            )
+
+
+def best_of(values: NDArray[Any], kept: int, groups: int = 1) -> list[int]:
+    """The experts of the largest ``values``, in their original order; ties go to the lower index.
+
+    ``groups``: so many equal runs of neighbours each keep kept / groups of their own."""
+    if kept % groups:
+        raise ReapcError(f"{kept} experts do not divide into {groups} groups", hint=f"a multiple of {groups} is needed")
+    parts = values.reshape(groups, -1)
+    order = np.argsort(-parts, axis=1, kind="stable")[:, : kept // groups]
+    return sorted((order + np.arange(groups)[:, None] * parts.shape[1]).ravel().tolist())
+
+
+def expert_values(scores: Scores, criterion: str) -> dict[int, NDArray[Any]]:
+    """What each expert of each observed layer is worth, (experts,) by layer."""
+    return {layer: scores.layer(layer)[CRITERIA[criterion]] for layer in scores.layers}
 
 
 def choose(scores: Scores, criterion: str, kept: int, groups: int = 1) -> dict[int, list[int]]:
-    """The experts kept in each MoE layer, in their original order; ties go to the lower index.
+    """The experts kept in each observed layer (``groups``: see ``groups_of``)."""
+    return {layer: best_of(values, kept, groups) for layer, values in expert_values(scores, criterion).items()}
 
-    ``groups`` (see ``groups_of``): so many equal runs of neighbours each keep kept / groups of their own."""
-    if kept % groups:
-        raise ReapcError(f"{kept} experts do not divide into {groups} groups", hint=f"a multiple of {groups} is needed")
-    chosen = {}
-    for layer in scores.layers:
-        values = scores.layer(layer)[CRITERIA[criterion]].reshape(groups, -1)
-        order = np.argsort(-values, axis=1, kind="stable")[:, : kept // groups]
-        chosen[layer] = sorted((order + np.arange(groups)[:, None] * values.shape[1]).ravel().tolist())
-    return chosen
+
+def router_norms(checkpoint: Checkpoint, layer: LayerSpec) -> NDArray[Any]:
+    """The L2 norm of each expert's row of the router: a guess at its value where nothing was observed."""
+    (router,) = (g for g in layer.kind.tensors if g.role == "router" and g.expert_axis == 0 and len(g.shape) == 1)
+    weight = checkpoint.stored_tensor(f"{layer.prefix}.{router.name}").float()
+    norms: NDArray[Any] = weight.norm(dim=1).numpy()
+    return norms
 
 
 def dropped_share(scores: Scores, criterion: str, kept: int, groups: int = 1) -> float:

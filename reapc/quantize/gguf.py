@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from reapc.arch import load_config, model_spec
 from reapc.checkpoint.atomic import atomic_path
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.toolchain import require, run_logged
@@ -28,6 +28,13 @@ _STEP = re.compile(r"^(\[\s*\d+/\s*\d+\])\s+(\S+)")
 
 def _quiet(line: str) -> None:
     """Drops the line."""
+
+
+def lacks_mtp(checkpoint: Path) -> bool:
+    """Whether the converter must be told that there are no MTP layers: Qwen's from 3-Next on counts some by itself
+    where config.json says none, and stops (conversion/qwen.py)."""
+    spec = model_spec(load_config(checkpoint))
+    return spec.family in ("qwen3_next", "qwen3_5_moe") and not spec.mtp_layers
 
 
 def convert(
@@ -50,6 +57,8 @@ def convert(
         env = {**os.environ, "HF_HUB_OFFLINE": "1"}
         try:
             command += [checkpoint.absolute(), "--outfile", partial, "--outtype", outtype]
+            if lacks_mtp(checkpoint):
+                command.append("--no-mtp")
             run_logged(command, "the GGUF conversion", log, env=env, progress=note_hash)
         except CannotBeDone as error:
             if not unknown_hashes:
@@ -158,25 +167,3 @@ def write_imatrix(
         writer.write_tensors_to_file()
         writer.close()
         _sync(partial)
-
-
-@functools.cache
-def _name_map(arch: str, layers: int) -> gguf.TensorNameMap:
-    found = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), None)
-    if found is None:
-        raise CannotBeDone(f"llama.cpp's gguf package knows no architecture {arch!r}")
-    return gguf.get_tensor_name_map(found, layers)
-
-
-def imatrix_name(hf_module: str, arch: str = "qwen3moe") -> str:
-    """The GGUF tensor of a linear layer, e.g. ``blk.3.attn_q.weight``; ``arch`` is llama.cpp's name of the family.
-
-    An expert's module (``model.layers.3.mlp.experts.7.up_proj``) and the stacked one
-    (``model.layers.3.mlp.experts.up_proj``) both name the stack ``blk.3.ffn_up_exps.weight``.
-    """
-    merged = re.sub(r"\.experts\.\d+\.", ".experts.", hf_module.removesuffix(".weight"))
-    layer = re.search(r"\.layers\.(\d+)\.", merged)
-    name = _name_map(arch, int(layer.group(1)) + 1 if layer else 1).get_name(merged)
-    if name is None:
-        raise ReapcError(f"{hf_module}: llama.cpp's {arch} has no tensor of this name")
-    return f"{name}.weight"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-ExpertWeights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+from reapc.errors import CannotBeDone
+from reapc.stream.expert_weights import Expert
 
 
 class LayerObserver(Protocol):
@@ -18,7 +19,7 @@ class LayerObserver(Protocol):
     def routed(
         self, expert: int, inputs: torch.Tensor, activated: torch.Tensor, outputs: torch.Tensor, gate: torch.Tensor
     ) -> None:
-        """``inputs`` (tokens, hidden), ``activated`` (tokens, width), ``outputs`` (tokens, hidden) before the
+        """``inputs`` (tokens, in), ``activated`` (tokens, width), ``outputs`` (tokens, in) before the
         gate weight, ``gate`` (tokens,): the very coefficient that the model multiplies the output with."""
 
     def linear(self, module: str, inputs: torch.Tensor) -> None:
@@ -28,53 +29,127 @@ class LayerObserver(Protocol):
 class StreamedExperts(nn.Module):
     """Stands in for a transformers experts module: ``forward(hidden, top_k_index, top_k_weights)``.
 
-    ``weights(e)`` gives (gate, up, down) of expert e as stored; they are cast one expert at a time, so a layer's
-    experts cost no anonymous memory beyond one expert. ``valid`` (tokens,) hides padding from experts and observer.
+    ``weights(e)`` gives expert e's matrices as stored; they are cast one expert at a time, so a layer's experts cost no
+    anonymous memory beyond one expert. ``valid`` (tokens,) hides padding from experts and observer. The activation is
+    the replaced module's own. ``scale``: what the block multiplies the sum of all experts with afterwards.
     """
 
     def __init__(
         self,
+        replaced: nn.Module,
         num_experts: int,
-        weights: Callable[[int], ExpertWeights],
-        activation: Callable[[torch.Tensor], torch.Tensor],
+        weights: Callable[[int], Expert],
         dtype: torch.dtype,
         device: torch.device,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.weights = weights
-        self.activation = activation
         self.dtype = dtype
         self.device = device
+        self.scale = scale
         self.observer: LayerObserver | None = None
         self.valid: torch.Tensor | None = None
+        module: Any = replaced
+        own = getattr(type(replaced), "_apply_gate", None)
+        plain = own is None or own.__name__ == "_default_apply_gate"
+        self._activation: Callable[[torch.Tensor], torch.Tensor] = getattr(module, "act_fn", F.silu)
+        # Bound to the replaced module, which holds the limits that some gates are clamped to.
+        self._gate: Callable[[torch.Tensor], torch.Tensor] | None = None if plain else module._apply_gate
 
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Sum over chosen experts of gate weight x expert output, (tokens, hidden)."""
-        top_k = top_k_index.shape[-1]
-        chosen = top_k_index.reshape(-1)
+    def _cast(self, expert: int) -> Expert:
+        return {key: tensor.to(self.device, self.dtype) for key, tensor in self.weights(expert).items()}
+
+    def compute(self, expert: int, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(activated, outputs) of one expert for ``inputs`` (tokens, in)."""
+        part = self._cast(expert)
+        activated = self._activated(inputs, part)
+        return activated, F.linear(activated, part["down"], part.get("down.bias"))
+
+    def _activated(self, inputs: torch.Tensor, part: Expert) -> torch.Tensor:
+        if "gate_up" in part:
+            both = F.linear(inputs, part["gate_up"], part.get("gate_up.bias"))
+            if self._gate is not None:
+                return self._gate(both)
+            gate, up = both.chunk(2, dim=-1)
+            return self._activation(gate) * up
+        up = F.linear(inputs, part["up"])
+        if "gate" not in part:
+            return self._activation(up)
+        gate = F.linear(inputs, part["gate"])
+        if self._gate is not None:
+            return self._gate(torch.cat((gate, up), dim=-1))
+        return self._activation(gate).mul_(up)
+
+    def forward(self, hidden_states: torch.Tensor, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        """Sum over chosen experts of gate weight x expert output, in the shape of ``hidden_states`` (..., in).
+
+        The classes name the other two differently: indices (tokens, top_k) are the one of integers."""
+        given = [*args, *kwargs.values()]
+        try:
+            (index,) = (value for value in given if not value.is_floating_point())
+            (weights,) = (value for value in given if value.is_floating_point())
+        except ValueError:
+            raise CannotBeDone(f"the router gives {len(given)} values: indices and weights are expected") from None
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return self._sum(hidden, index, weights).reshape(hidden_states.shape)
+
+    def _sum(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        top_k = index.shape[-1]
+        chosen = index.reshape(-1)
         if self.valid is not None:
             chosen = torch.where(self.valid.repeat_interleave(top_k), chosen, self.num_experts)
         order = torch.argsort(chosen, stable=True)
         counts = torch.bincount(chosen, minlength=self.num_experts + 1).tolist()
-        gates = top_k_weights.reshape(-1)
-        result = torch.zeros_like(hidden_states)
+        gates = weights.reshape(-1)
+        result = torch.zeros_like(hidden)
         start = 0
         for expert in range(self.num_experts):
             pairs = order[start : start + counts[expert]]
             start += counts[expert]
             if not counts[expert]:
                 continue
-            gate_proj, up_proj, down_proj = (w.to(self.device, self.dtype) for w in self.weights(expert))
             tokens = pairs // top_k
-            inputs = hidden_states[tokens]
-            activated = self.activation(F.linear(inputs, gate_proj)).mul_(F.linear(inputs, up_proj))
-            outputs = F.linear(activated, down_proj)
+            inputs = hidden[tokens]
+            activated, outputs = self.compute(expert, inputs)
             gate = gates[pairs]
             if self.observer is not None:
-                self.observer.routed(expert, inputs, activated, outputs, gate)
+                self.observer.routed(expert, inputs, activated, outputs, gate * self.scale)
             # Sigmoid routers give fp32 gates in a 16-bit model too; the class rounds the product likewise.
             result.index_add_(0, tokens, (outputs * gate[:, None]).to(result.dtype))
         return result
+
+
+class ScaledInputExperts(StreamedExperts):
+    """Llama-4's: ``forward`` is given every token once for each expert, (experts x tokens, hidden), already multiplied
+    by its gate weight, which is 0 where the expert was not chosen. The gate weight recorded is 1."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = hidden_states.reshape(self.num_experts, -1, hidden_states.shape[-1])
+        result = torch.zeros_like(given)
+        for expert, rows in enumerate(given):
+            routed = rows.any(dim=-1)
+            if self.valid is not None:
+                routed &= self.valid
+            inputs = rows[routed]
+            if not len(inputs):
+                continue
+            activated, outputs = self.compute(expert, inputs)
+            if self.observer is not None:
+                self.observer.routed(expert, inputs, activated, outputs, torch.ones_like(outputs[:, 0]))
+            result[expert][routed] = outputs
+        return result.reshape(hidden_states.shape)
+
+
+def find_experts(module: nn.Module, num_experts: int) -> tuple[str, nn.Module]:
+    """The path and the module of a layer's experts; CannotBeDone where there is not exactly one."""
+    found = [
+        (name, child)
+        for name, child in module.named_modules()
+        if getattr(child, "num_experts", None) == num_experts
+        and any(parameter.dim() == 3 for parameter in child.parameters(recurse=False))
+    ]
+    if len(found) != 1:
+        raise CannotBeDone(f"{type(module).__name__}: {len(found)} modules of {num_experts} experts, one is expected")
+    return found[0]

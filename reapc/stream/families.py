@@ -1,50 +1,106 @@
-"""Which families the streamed pass computes, and where their experts lie, read from the ModelSpec.
+"""Which families the streamed pass computes, and what is particular about them there.
 
-A family stands here once its layers are known to take nothing from one another but the hidden states, and to call
-their experts module with (hidden, chosen indices, gate weights). Others are refused by name, never guessed.
+A family stands here once its layers are known to take nothing from one another but the hidden states and what is named
+below, and once a tiny model of it gave the same logits streamed as whole (tests/test_families.py). Others are refused
+by name, never guessed. Needs no torch: a build asks before anything is loaded.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from reapc.arch import ModelSpec
-from reapc.arch.spec import LayerKind
 from reapc.errors import CannotBeDone
 
-SUPPORTED = ("glm4_moe", "qwen3_moe")
-_PARTS = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight")  # llama.cpp's names of the three
+# model_type on disk -> transformers' name of the same class.
+TRANSFORMERS_TYPE = {"kimi_k2": "deepseek_v3"}
+
+
+@dataclass(frozen=True)
+class Particular:
+    """``transposed``: fused experts are stored (experts, in, out). ``scaled_after``: the block multiplies the sum of
+    its experts by ``routed_scaling_factor``, so that factor belongs to every gate weight. ``scaled_inputs``: the gate
+    weight multiplies the expert's input (Llama-4): the weight recorded is then 1, and the norm that of what leaves the
+    expert. ``carries``: layers hand the indices of their sparse attention on to the next (GLM-5.2's shared indexers).
+    ``streams``: the config key that counts parallel residual streams (DeepSeek-V4's hyper-connections)."""
+
+    transposed: bool = False
+    scaled_after: bool = False
+    scaled_inputs: bool = False
+    carries: bool = False
+    streams: str = ""
+
+
+FAMILIES: dict[str, Particular] = {
+    "deepseek": Particular(),
+    "deepseek_v4": Particular(streams="hc_mult"),
+    "ernie4_5_moe": Particular(),
+    "gemma4": Particular(),
+    "glm4_moe": Particular(),
+    "glm4_moe_lite": Particular(),
+    "glm_moe_dsa": Particular(carries=True),
+    "gpt_oss": Particular(transposed=True),
+    "granitemoe": Particular(),
+    "kimi_k25": Particular(),
+    "kimi_linear": Particular(),
+    "llama4": Particular(transposed=True, scaled_inputs=True),
+    "mimo_v2_flash": Particular(),
+    "minimax_m2": Particular(),
+    "minimax_m3": Particular(scaled_after=True),
+    "mixtral": Particular(),
+    "nemotron_h": Particular(),
+    "olmoe": Particular(),
+    "phimoe": Particular(),
+    "qwen2_moe": Particular(),
+    "qwen3_5_moe": Particular(),
+    "qwen3_moe": Particular(),
+    "qwen3_next": Particular(),
+    "qwen3_vl_moe": Particular(transposed=True),
+    "step3p7": Particular(scaled_after=True),
+}
+SUPPORTED = tuple(sorted(FAMILIES))
 
 
 def check_family(spec: ModelSpec, where: str) -> None:
     """CannotBeDone unless models of this family can be observed and pruned."""
-    if spec.family not in SUPPORTED:
+    if spec.family not in FAMILIES:
         raise CannotBeDone(
             f"{where}: {spec.model_type} models cannot be observed or pruned in this version",
             hint=f"families that can: {', '.join(SUPPORTED)}; `reapc plan` and `reapc fit` know more",
         )
 
 
-@dataclass(frozen=True)
-class ExpertNames:
-    """``module``: the experts' place in a layer ("mlp.experts"). ``gate``, ``up``, ``down``: an expert's three
-    tensors as stored, after the layer's prefix, the expert's number written ``{e}``."""
-
-    module: str
-    gate: str
-    up: str
-    down: str
-
-    @property
-    def parts(self) -> tuple[str, str, str]:
-        return self.gate, self.up, self.down
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that speaks of the language model."""
+    found: dict[str, Any] = config.get("text_config", config)
+    return found
 
 
-def expert_names(kind: LayerKind) -> ExpertNames:
-    """Where the experts of a layer lie; CannotBeDone where they are not three matrices each."""
-    stored = {part.name: group.name for group in kind.tensors if group.role == "expert" for part in group.gguf}
-    names = [stored.get(part, "") for part in _PARTS]
-    modules = {name.split(".{e}.")[0] for name in names}
-    if set(stored) != set(_PARTS) or len(set(names)) != 3 or len(modules) != 1 or not all("{e}" in n for n in names):
-        raise CannotBeDone(f"experts stored as {sorted(set(stored.values()))} cannot be observed in this version")
-    return ExpertNames(modules.pop(), *names)
+def check_state(spec: ModelSpec, config: dict[str, Any], where: str) -> None:
+    """CannotBeDone where layers share a state that the streamed pass does not carry."""
+    text = text_config(config)
+    if spec.family == "gemma4" and text.get("num_kv_shared_layers"):
+        raise CannotBeDone(
+            f"{where}: config.json: num_kv_shared_layers = {text['num_kv_shared_layers']}: layers that take keys and "
+            "values of earlier ones cannot be streamed in this version"
+        )
+    if spec.family == "gemma4" and text.get("hidden_size_per_layer_input"):
+        raise CannotBeDone(
+            f"{where}: config.json: hidden_size_per_layer_input = {text['hidden_size_per_layer_input']}: per-layer "
+            "embeddings cannot be streamed in this version"
+        )
+
+
+def streams(spec: ModelSpec, config: dict[str, Any]) -> int:
+    """Parallel residual streams of every token between layers; 1 but for hyper-connections."""
+    key = FAMILIES[spec.family].streams if spec.family in FAMILIES else ""
+    return int(text_config(config)[key]) if key else 1
+
+
+def carried_width(spec: ModelSpec, config: dict[str, Any]) -> int:
+    """Indices that layers hand on for every token, at most (GLM-5.2: where some layers share another's indexer)."""
+    text = text_config(config)
+    if spec.family not in FAMILIES or not FAMILIES[spec.family].carries:
+        return 0
+    return int(text["index_topk"]) if "shared" in (text.get("indexer_types") or ()) else 0

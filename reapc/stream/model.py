@@ -1,10 +1,16 @@
-"""Builds one decoder layer at a time from the transformers class, with weights mapped from the checkpoint."""
+"""One decoder layer at a time, driven by the transformers class itself, with weights mapped from the checkpoint.
+
+The class's own ``forward`` runs for every layer and batch, with placeholders in its layers: so positions, masks,
+scales and what else a family hands its layers are transformers' and not ours. The placeholder of the layer that is
+computed puts the stored hidden states in, and its result ends the pass; the others let everything through.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from copy import deepcopy
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -12,11 +18,26 @@ from torch.nn import functional as F
 
 from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import CannotBeDone, ReapcError
-from reapc.stream.experts import ExpertWeights, LayerObserver, StreamedExperts
-from reapc.stream.families import ExpertNames, check_family, expert_names
+from reapc.stream.expert_weights import expert_places, load_experts
+from reapc.stream.experts import LayerObserver, ScaledInputExperts, StreamedExperts, find_experts
+from reapc.stream.families import FAMILIES, carried_width, streams
+from reapc.stream.skeleton import Skeleton
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
-Forward = Callable[[torch.Tensor, torch.Tensor | None, LayerObserver | None], torch.Tensor]
+INTEGER_DTYPES = ("I64", "I32")  # DeepSeek-V4's table of experts by token id
+
+
+class Forward(Protocol):
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        observer: LayerObserver | None,
+        ids: torch.Tensor | None = None,
+        carried: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The states (batch, length, width) after the layer, of those before it; ``mask`` (batch, length), True where
+        a token is real; ``ids`` likewise, for routers that look tokens up; ``carried``: see ``StreamedModel``."""
 
 
 def compute_settings(device: str = "auto", dtype: str = "auto", stored: str = "bfloat16") -> tuple[str, torch.dtype]:
@@ -33,139 +54,248 @@ def compute_settings(device: str = "auto", dtype: str = "auto", stored: str = "b
     return device, found
 
 
+class _Reached(Exception):
+    """Ends a pass; carries what was to be seen."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class _Slot(nn.Module):
+    """Stands at a layer's place; whatever else is asked of it (its attention's type) the layer answers."""
+
+    def __init__(self, layer: nn.Module, index: int, owner: StreamedModel) -> None:
+        super().__init__()
+        object.__setattr__(self, "_known", (layer, index, owner))  # no submodules: neither is this one's to load
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_known"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        _, index, owner = self.__dict__["_known"]
+        return owner._at(index, args, kwargs)
+
+
+class _Given(nn.Module):
+    """Stands at the embedding's place: gives what it was told to."""
+
+    value: torch.Tensor
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Asked for its device (Llama-4, MiMo-V2)."""
+        return self.value
+
+    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self.value
+
+
 class StreamedModel:
-    """A checkpoint as a sequence of layers, computed on ``device`` in ``dtype`` (see ``compute_settings``)."""
+    """A checkpoint as a sequence of layers, computed on ``device`` in ``dtype`` (see ``compute_settings``).
+
+    States between layers are (batch, length, ``width``). ``carried`` is what the last layer handed on beside them
+    ((batch, length, ``carried_width``) indices; None where nothing is).
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> None:
-        check_family(checkpoint.spec, str(checkpoint.folder))
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        self._observer: LayerObserver | None = None
-        self._valid: torch.Tensor | None = None
         self.checkpoint = checkpoint
         self.spec = checkpoint.spec
         self.dtype = dtype
         self.device = torch.device(device)
+        self._skeleton = Skeleton(checkpoint, dtype)
+        self._check_dtypes()
+        self._observer: LayerObserver | None = None
+        self._valid: torch.Tensor | None = None
+        self._particular = FAMILIES[self.spec.family]
+        self._body: Any = self._skeleton.body
+        self._text = self._skeleton.text
+        self._streams = streams(self.spec, checkpoint.config)
+        self.width = self.spec.hidden_size * self._streams
+        self.carried: torch.Tensor | None = None
+        self.carried_width = carried_width(self.spec, checkpoint.config)
+        self._outer = {t.role: t.name for t in self.spec.outer_tensors if t.name.endswith("weight")}
+        self._embedding = deepcopy(self._body.get_input_embeddings())
+        self._skeleton.real_buffers(self._embedding, self.device)
+        self._layers: list[nn.Module] = list(self._body.layers)
+        if len(self._layers) != self.spec.num_layers:
+            raise CannotBeDone(
+                f"{checkpoint.folder}: transformers makes {len(self._layers)} layers of this config, not "
+                f"{self.spec.num_layers}"
+            )
+        self._paths = [self._skeleton.path(layer) for layer in self._layers]
+        self._load_outer()
+        for index, layer in enumerate(self._layers):
+            self._body.layers[index] = _Slot(layer, index, self)
+        self._given = _Given()
+        place = next(n for n, child in self._body.named_modules() if child is self._body.get_input_embeddings())
+        self._body.set_submodule(place, self._given)
+        self._skeleton.real_buffers(self._body, self.device)
+        self._states: torch.Tensor | None = None
+        self._target = -1
+        self._module: nn.Module | None = None
+
+    def _check_dtypes(self) -> None:
         for tensor in self.spec.tensors():
-            found = checkpoint.dtype_of(tensor.name)
-            if found not in FLOAT_DTYPES:
+            found = self.checkpoint.dtype_of(tensor.name)
+            if found not in FLOAT_DTYPES and not (tensor.role == "router" and found in INTEGER_DTYPES):
                 raise CannotBeDone(
-                    f"{checkpoint.where(tensor.name)}: tensor {tensor.name!r} is stored as {found}",
+                    f"{self.checkpoint.where(tensor.name)}: tensor {tensor.name!r} is stored as {found}",
                     hint=f"this version observes checkpoints in {', '.join(FLOAT_DTYPES)}",
                 )
-        config = AutoConfig.from_pretrained(checkpoint.folder)
-        config._attn_implementation = "sdpa"
-        self.config = config
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        self._body = skeleton.get_decoder()
-        self._rotary = type(self._body.rotary_emb)(config).to(self.device)
-        # Names on disk by role; the final norm's is a module's.
-        self._outer = {tensor.role: tensor.name for tensor in self.spec.outer_tensors}
-        self._norm = self._load(self._body.norm, self._outer["norm"].rsplit(".", 1)[0]).requires_grad_(False)
 
-    def _load(self, module: nn.Module, prefix: str) -> nn.Module:
-        """``module`` with its weights from ``prefix``; any missing or unexpected key is an error of ours.
+    def _load_outer(self) -> None:
+        """The final norm, and what else stands between the last layer and the head."""
+        body, path = self._body, self._skeleton.path(self._body)
+        names = [tensor.name for tensor in self.spec.outer_tensors if tensor.role not in ("embedding", "lm_head")]
+        rest = nn.ModuleDict(
+            {
+                name: deepcopy(child)
+                for name, child in body.named_children()
+                if child is not body.layers and child is not body.get_input_embeddings() and child.state_dict()
+            }
+        )
+        self._skeleton.load(rest, path, names, self._read, self.device)
+        for name, child in rest.items():
+            body.set_submodule(name, child)
+        self._final = [rest[name] for name in ("hc_head", "norm", "norm_f") if name in rest]
+        if not self._final or len(self._final) != len(rest):
+            raise CannotBeDone(f"{self.checkpoint.folder}: {type(body).__name__} has parts that are not understood")
 
-        Each takes the dtype that the class gave it: a router's correction bias stays fp32 in a 16-bit model."""
-        state = {}
-        for name, empty in module.state_dict().items():
-            state[name] = self.checkpoint.checked_tensor(f"{prefix}.{name}").to(self.device, empty.dtype)
-        module.load_state_dict(state, strict=True, assign=True)
-        return module.eval()
+    def _read(self, name: str) -> torch.Tensor:
+        return self.checkpoint.checked_tensor(name)
+
+    def _pass(self, ids: torch.Tensor, given: torch.Tensor, mask: torch.Tensor | None) -> Any:
+        """Runs the class's forward until a slot has what is wanted."""
+        self._given.value = given
+        real = None if mask is None else mask.to(self.device).long()
+        try:
+            with torch.inference_mode():
+                self._body(input_ids=ids.to(self.device), attention_mask=real, use_cache=False)
+        except _Reached as reached:
+            return reached.value
+        raise CannotBeDone(f"{type(self._body).__name__} did not come to layer {self._target}")
+
+    def _at(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a slot answers."""
+        if self._states is None:  # only the input of the first layer is wanted
+            raise _Reached(args[0] if args else kwargs["hidden_states"])
+        if index < self._target:
+            return (self._states, self.carried) if self._particular.carries else self._states
+        assert self._module is not None
+        kwargs.pop("hidden_states", None)
+        if self._particular.carries:
+            kwargs["prev_topk_indices"] = self.carried
+        raise _Reached(self._module(self._states, *args[1:], **kwargs))
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(batch, length) ids to (batch, length, hidden)."""
+        """(batch, length) ids to the states before the first layer, (batch, length, width)."""
         table = self.checkpoint.tensor(self._outer["embedding"])
-        return F.embedding(input_ids, table).to(self.device, self.dtype)
+        used, places = torch.unique(input_ids, return_inverse=True)
+        self._embedding.weight = nn.Parameter(table[used].to(self.device, self.dtype), requires_grad=False)
+        self._embedding.padding_idx = None
+        with torch.inference_mode():
+            given = self._embedding(places.to(self.device))
+        self._states = None
+        states: torch.Tensor = self._pass(input_ids, given, None)
+        return states.reshape(*input_ids.shape, self.width)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities (tokens, vocabulary) in fp32 of final hidden states (tokens, hidden)."""
+        """Log-probabilities (tokens, vocabulary) in fp32 of final states (tokens, width)."""
+        for module in self._final:
+            split = self._streams > 1 and hidden.shape[-1] == self.width
+            hidden = module(hidden.reshape(1, -1, self._streams, self.spec.hidden_size) if split else hidden)
+        hidden = hidden.reshape(-1, self.spec.hidden_size)
         name = self._outer["embedding" if self.spec.tied_embeddings else "lm_head"]
-        logits = F.linear(self._norm(hidden), self.checkpoint.tensor(name).to(self.device, self.dtype))
+        logits = F.linear(hidden, self.checkpoint.tensor(name).to(self.device, self.dtype), self._head_bias())
+        if scaling := getattr(self._text, "logits_scaling", None):  # Granite
+            logits = logits / scaling
+        if cap := getattr(self._text, "final_logit_softcapping", None):  # Gemma
+            logits = torch.tanh(logits / cap) * cap
         return torch.log_softmax(logits.float(), dim=-1)
+
+    def _head_bias(self) -> torch.Tensor | None:
+        name = self._outer.get("lm_head", "").removesuffix("weight") + "bias"
+        names = {tensor.name for tensor in self.spec.outer_tensors}
+        return self.checkpoint.tensor(name).to(self.device, self.dtype) if name in names else None
 
     def check_outer(self) -> None:
         """Refuses NaN or infinity in embeddings, final norm and head."""
         for tensor in self.spec.outer_tensors:
             self.checkpoint.checked_tensor(tensor.name)
 
-    def _experts_of(self, prefix: str, names: ExpertNames) -> Callable[[int], ExpertWeights]:
-        """An expert's weights by its number: mapped from the file, or, where they are quantized, decoded whenever they
-        are needed, so that a layer costs no memory beyond one expert either way."""
-
-        def load(expert: int) -> ExpertWeights:
-            gate, up, down = (f"{prefix}.{part.replace('{e}', str(expert))}" for part in names.parts)
-            checked = self.checkpoint.checked_tensor
-            return checked(gate), checked(up), checked(down)
-
-        if self.checkpoint.quantization is not None:
-            return load
-        return [load(expert) for expert in range(self.spec.num_experts)].__getitem__
-
     @contextmanager
     def layer(self, index: int) -> Iterator[Forward]:
-        """Yields ``forward(hidden (b, n, h), mask (b, n) or None, observer or None) -> hidden``; the layer is
-        dropped afterwards."""
-        module = self._body.layers[index]
-        layer = self.spec.layers[index]
-        prefix = layer.prefix
+        """Yields the layer's ``Forward``; the layer is dropped afterwards."""
+        spec = self.spec.layers[index]
+        module = deepcopy(self._layers[index])
+        self._module = module
         experts: StreamedExperts | None = None
-        if layer.is_moe:
-            names = expert_names(layer.kind)
-            weights = self._experts_of(prefix, names)
-            activation = module.get_submodule(names.module).act_fn
-            experts = StreamedExperts(self.spec.num_experts, weights, activation, self.dtype, self.device)
-            module.set_submodule(names.module, experts)
-        self._load(module, prefix)
-        for parameter in module.parameters():
-            parameter.requires_grad_(False)
-        self._hook_linears(module, prefix)
+        if spec.is_moe:
+            experts = self._make_experts(index, module)
+        disk = [tensor.name for tensor in self.spec.layer_tensors(index) if tensor.role != "expert"]
+        names = self._skeleton.load(module, self._paths[index], disk, self._read, self.device)
+        self._hook_linears(module, names, spec.prefix)
 
-        def forward(hidden: torch.Tensor, mask: torch.Tensor | None, observer: LayerObserver | None) -> torch.Tensor:
+        def forward(
+            hidden: torch.Tensor,
+            mask: torch.Tensor | None,
+            observer: LayerObserver | None,
+            ids: torch.Tensor | None = None,
+            carried: torch.Tensor | None = None,
+        ) -> torch.Tensor:
             self._observer = observer
             self._valid = None if mask is None else mask.reshape(-1)
             if experts is not None:
                 experts.observer, experts.valid = observer, self._valid
-            return self._forward(module, hidden, mask)
+            shape = hidden.shape
+            inner = hidden.reshape(*shape[:2], self._streams, -1) if self._streams > 1 else hidden
+            self._states, self._target, self.carried = inner, index, carried
+            if ids is None:
+                ids = torch.zeros(shape[:2], dtype=torch.long)
+            given = torch.zeros(1, dtype=self.dtype, device=self.device).expand(*shape[:2], self.spec.hidden_size)
+            result: Any = self._pass(ids, given, mask)
+            if isinstance(result, tuple):
+                result, *others = result
+                self.carried = others[0] if self._particular.carries else None
+            after: torch.Tensor = result.reshape(shape)
+            return after
 
-        yield forward
-        self._body.layers[index] = nn.Identity()
+        try:
+            yield forward
+        finally:
+            self._module = self._states = self.carried = None
 
-    def _forward(self, module: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        from transformers.masking_utils import create_causal_mask
+    def _make_experts(self, index: int, module: nn.Module) -> StreamedExperts:
+        """Puts the streamed experts in the place of the layer's own."""
+        spec, particular = self.spec.layers[index], self._particular
+        places = expert_places(spec.kind, particular.transposed)
+        decoded = self.checkpoint.quantization is not None
+        weights = load_experts(places, spec.prefix, self.spec.num_experts, self._read, decoded)
+        path, replaced = find_experts(module, self.spec.num_experts)
+        scale = 1.0
+        if particular.scaled_after:
+            block: Any = module.get_submodule(path.rpartition(".")[0])
+            scale = float(block.routed_scaling_factor)
+        kind = ScaledInputExperts if particular.scaled_inputs else StreamedExperts
+        experts = kind(replaced, self.spec.num_experts, weights, self.dtype, self.device, scale)
+        module.set_submodule(path, experts)
+        return experts
 
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        causal = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=mask,
-            past_key_values=None,
-            position_ids=positions,
-        )
-        with torch.inference_mode():
-            result = module(
-                hidden,
-                attention_mask=causal,
-                position_ids=positions,
-                position_embeddings=self._rotary(hidden, position_ids=positions),
-            )
-        output: torch.Tensor = result[0] if isinstance(result, tuple) else result
-        return output
-
-    def _hook_linears(self, module: nn.Module, prefix: str) -> None:
-        """Shows the current observer the inputs of every linear outside the experts; padding is left out."""
+    def _hook_linears(self, module: nn.Module, names: dict[str, str], prefix: str) -> None:
+        """Shows the current observer the inputs of every linear outside the experts, under its name on disk; padding is
+        left out."""
 
         def hook(name: str) -> Any:
             def show(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 if self._observer is not None:
                     inputs = args[0].reshape(-1, args[0].shape[-1])
-                    self._observer.linear(name, inputs if self._valid is None else inputs[self._valid])
+                    usable = self._valid is not None and len(inputs) == len(self._valid)
+                    self._observer.linear(name, inputs[self._valid] if usable else inputs)
 
             return show
 
         for name, child in module.named_modules():
             if isinstance(child, nn.Linear):
-                child.register_forward_pre_hook(hook(f"{prefix}.{name}"))
+                child.register_forward_pre_hook(hook(names.get(name, f"{prefix}.{name}")))

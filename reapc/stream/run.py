@@ -17,25 +17,30 @@ TOKENS_PER_BATCH = 8192
 
 
 class HiddenStates:
-    """Hidden states (sequences, length, hidden) fp32 of one token set, before layer ``i``.
+    """Hidden states (sequences, length, width) fp32 of one token set, before layer ``i``, and, with ``carried`` > 0,
+    that many int32 indices for every token that layers hand on beside them.
 
     Two files in turn: layer i reads ``i % 2`` and writes ``(i + 1) % 2``, so a layer that was interrupted
     can be run again from what is on disk.
     """
 
-    def __init__(self, tokens: Tokens, folder: Path, name: str, hidden_size: int) -> None:
+    def __init__(self, tokens: Tokens, folder: Path, name: str, width: int, carried: int = 0) -> None:
         self.tokens = tokens
-        shape = (tokens.sequences, tokens.length, hidden_size)
-        self._files = []
-        for turn in range(2):
-            path = folder / f"hidden-{name}-{turn}.bin"
-            fresh = not path.exists() or path.stat().st_size != 4 * int(np.prod(shape))
-            self._files.append(np.memmap(path, np.float32, "w+" if fresh else "r+", shape=shape))
+        self._files = [self._open(folder / f"hidden-{name}-{turn}.bin", np.float32, width) for turn in range(2)]
+        # sparse attention chooses among the tokens that there are
+        carried = min(carried, tokens.length)
+        places = [folder / f"hidden-{name}-carried-{turn}.bin" for turn in range(2)]
+        self._carried = [self._open(place, np.int32, carried) for place in places] if carried else []
+
+    def _open(self, path: Path, dtype: type, width: int) -> np.ndarray:
+        shape = (self.tokens.sequences, self.tokens.length, width)
+        fresh = not path.exists() or path.stat().st_size != 4 * int(np.prod(shape))
+        return np.memmap(path, dtype, "w+" if fresh else "r+", shape=shape)
 
     @staticmethod
-    def disk_bytes(tokens: Tokens, hidden_size: int) -> int:
-        """Bytes that both files take."""
-        return 2 * 4 * tokens.sequences * tokens.length * hidden_size
+    def disk_bytes(tokens: Tokens, width: int, carried: int = 0) -> int:
+        """Bytes that all files take."""
+        return 2 * 4 * tokens.sequences * tokens.length * (width + min(carried, tokens.length))
 
     def read(self, layer: int, rows: slice) -> torch.Tensor:
         """A copy of the states before ``layer``."""
@@ -45,9 +50,26 @@ class HiddenStates:
         """Stores the states before ``layer``."""
         self._files[layer % 2][rows] = values.float().cpu().numpy()
 
+    def read_carried(self, layer: int, rows: slice) -> torch.Tensor | None:
+        """What the layer before ``layer`` handed on, (rows, length, carried) int64; None before the first."""
+        if not self._carried or layer == 0:
+            return None
+        return torch.from_numpy(self._carried[layer % 2][rows].astype(np.int64))
+
+    def write_carried(self, layer: int, rows: slice, values: torch.Tensor | None) -> None:
+        """Stores what is handed on to ``layer``."""
+        if self._carried:
+            assert values is not None
+            self._carried[layer % 2][rows] = values.cpu().numpy()
+
     def flush(self) -> None:
-        for file in self._files:
-            file.flush()
+        for file in (*self._files, *self._carried):
+            file.flush()  # type: ignore[attr-defined]
+
+
+def states_of(model: StreamedModel, tokens: Tokens, folder: Path, name: str) -> HiddenStates:
+    """Room for the states of ``tokens`` between the layers of ``model``."""
+    return HiddenStates(tokens, folder, name, model.width, model.carried_width)
 
 
 def _mask(tokens: Tokens, rows: slice, device: torch.device) -> torch.Tensor | None:
@@ -80,10 +102,14 @@ def run_layers(
                 for states, observed in sets:
                     for rows in states.tokens.batches(TOKENS_PER_BATCH):
                         hidden = states.read(index, rows).to(model.device, model.dtype)
-                        result = forward(
-                            hidden, _mask(states.tokens, rows, model.device), observer if observed else None
-                        )
+                        ids = torch.from_numpy(states.tokens.input_ids[rows].astype(np.int64))
+                        carried = states.read_carried(index, rows)
+                        if carried is not None:
+                            carried = carried.to(model.device)
+                        mask = _mask(states.tokens, rows, model.device)
+                        result = forward(hidden, mask, observer if observed else None, ids, carried)
                         states.write(index + 1, rows, result)
+                        states.write_carried(index + 1, rows, model.carried)
                         advance((rows.stop - rows.start) * states.tokens.length)
             for states, _ in sets:
                 states.flush()

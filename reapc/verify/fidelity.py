@@ -80,10 +80,10 @@ def checkpoint_log_probs(folder: Path, tokens: Tokens, work: Path, progress: Pro
     """(length, vocabulary) fp32 log-probabilities per sequence, streamed a layer at a time."""
     from reapc.checkpoint.reader import Checkpoint
     from reapc.observe.reference import final_log_probs
-    from reapc.stream import HiddenStates, StreamedModel, run_layers
+    from reapc.stream import StreamedModel, run_layers, states_of
 
     model = StreamedModel(Checkpoint(folder))
-    states = HiddenStates(tokens, work, "compare", model.spec.hidden_size)
+    states = states_of(model, tokens, work, "compare")
     run_layers(model, [(states, False)], lambda i: None, lambda i, o: None, progress, name=f"forward {folder.name}")
     return final_log_probs(model, states)
 
