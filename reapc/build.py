@@ -31,13 +31,13 @@ from reapc.planner import prior
 from reapc.planner.search import make_plan
 from reapc.probes import Host, available_ram
 from reapc.progress import Progress
-from reapc.prune.criteria import choose, dropped_share, groups_of
+from reapc.prune.criteria import choose, dropped_share, expert_values, groups_of
 from reapc.prune.rewrite import check_scores, prune
 from reapc.quantize import checkpoint as quantizer
 from reapc.quantize.starved import starved
 from reapc.recipe import Recipe
 from reapc.stages import StageCache, cache_root, digest_of
-from reapc.stream.families import check_family
+from reapc.stream.families import check_family, check_state
 from reapc.stream.tokens import Tokens, write_tokens
 from reapc.toolchain import find_llamacpp, require
 from reapc.verify.fidelity import Fidelity, log_probs, measure
@@ -110,6 +110,11 @@ def _build_key(inputs: _Inputs, tools: dict[str, str]) -> str:
     )
 
 
+def _converter_decodes(checkpoint: Checkpoint) -> bool:
+    """Whether the road to GGUF takes the checkpoint: 16 or 32 bit, or FP8, which llama.cpp's converter decodes."""
+    return checkpoint.quantization is None or checkpoint.quantization.method == "fp8"
+
+
 class Build:
     """One build of one recipe."""
 
@@ -123,13 +128,20 @@ class Build:
         folder = fetch(recipe.model.source, recipe.model.revision, recipe.base)
         checkpoint = Checkpoint(folder)
         check_family(checkpoint.spec, str(folder))
-        checkpoint.refuse_quantized("a build")
+        check_state(checkpoint.spec, checkpoint.config, str(folder))
         if recipe.serve.speculative == "mtp":
             raise CannotBeDone(
                 'serve.speculative = "mtp": a build of this version drops the MTP layers that would draft',
                 hint="plan with it, and build without",
             )
+        if recipe.prune.mtp == "prune" and checkpoint.spec.mtp_layers:
+            raise CannotBeDone(
+                'prune.mtp = "prune": a build of this version does not count MTP layers in what it proves',
+                hint="build without, or write the checkpoint with `reapc prune --mtp prune`",
+            )
         self.first_plan = make_plan(recipe, checkpoint.spec, recipe.model.source, buildable=True)
+        if not (self.first_plan.chosen.engine == "llama.cpp" and _converter_decodes(checkpoint)):
+            checkpoint.refuse_quantized("a build")
         self.tools = self._check_tools(checkpoint)
         given = load_scores(scores) if scores else None
         if given and scores:
@@ -178,9 +190,9 @@ class Build:
 
         scores, reference = self._observe()
         plan = self._second_plan(scores)
-        groups = groups_of(inputs.checkpoint.spec)
+        groups = groups_of(inputs.checkpoint.spec, self.recipe.prune.dissolve_groups)
         kept = choose(scores, plan.criterion, plan.chosen.experts_kept, groups)
-        pruned, pruned_key = self._prune(kept, plan)
+        pruned, pruned_key = self._prune(kept, plan, scores)
         result = self._quantize(pruned, pruned_key, plan)
         fit = check_fit(result, plan)
         fidelity = self._fidelity(result, reference)
@@ -229,7 +241,8 @@ class Build:
 
     def _second_plan(self, scores: Scores) -> Plan:
         """The same planner with the damage of pruning read off the scores."""
-        criterion, groups = self.first_plan.criterion, groups_of(self.inputs.checkpoint.spec)
+        dissolve = self.recipe.prune.dissolve_groups
+        criterion, groups = self.first_plan.criterion, groups_of(self.inputs.checkpoint.spec, dissolve)
 
         def measured(kept: int) -> float:
             return prior.measured_pruning_loss(
@@ -246,16 +259,26 @@ class Build:
             )
         return plan
 
-    def _prune(self, kept: dict[int, list[int]], plan: Plan) -> tuple[Path, str]:
+    def _prune(self, kept: dict[int, list[int]], plan: Plan, scores: Scores) -> tuple[Path, str]:
         """The pruned checkpoint (the source itself when all of it stays) and its key."""
         checkpoint = self.inputs.checkpoint
         if plan.chosen.experts_kept == checkpoint.spec.num_experts and not checkpoint.spec.mtp_layers:
             return checkpoint.folder, digest_of([checkpoint.digest, checkpoint.side_digest])
         model = [checkpoint.digest, checkpoint.side_digest]
-        depends = {"model": model, "kept": {str(k): v for k, v in kept.items()}, "reapc": __version__}
+        settings = self.recipe.prune
+        depends = {
+            "model": model,
+            "kept": {str(k): v for k, v in kept.items()},
+            "dissolve_groups": settings.dissolve_groups,
+            "reapc": __version__,
+        }
+        values = expert_values(scores, plan.criterion)
 
         def work(folder: Path, scratch: Path) -> None:
-            prune(checkpoint, kept, folder / "model", self.progress)
+            prune(
+                checkpoint, kept, folder / "model", self.progress, dissolve_groups=settings.dissolve_groups,
+                values=values,
+            )  # fmt: skip
 
         folder, key = self.cache.run("prune", depends, work)
         return folder / "model", key

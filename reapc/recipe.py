@@ -65,6 +65,10 @@ class PruneSection(_Section):
     ratio: Auto | Ratio = "auto"
     experts: Auto | Annotated[int, BeforeValidator(_no_bool), Field(ge=1)] = "auto"
     max_ratio: Ratio = 0.25
+    # MTP (drafting) layers: left out, or with as many experts as the others
+    mtp: Literal["drop", "prune"] = "drop"
+    # one group of the router's groups, so that experts are chosen freely: routing changes
+    dissolve_groups: bool = False
 
 
 class QuantizeSection(_Section):

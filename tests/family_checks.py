@@ -216,3 +216,44 @@ def converter_says(folders: dict[str, Path]) -> dict[str, str]:
             other = sorted(part for part in wanted.keys() & seen.keys() if wanted[part] != seen[part])
             found[name] = "yes" if not missing and not other else f"differs: {', '.join([*missing, *other][:3])}"
     return found
+
+
+COLUMNS = ("inspect", "observe", "gate weight", "prune", "reload", "GGUF")
+
+
+def same_names(checkpoint: Checkpoint) -> bool:
+    """Whether the spec expands to the very tensors and shapes on disk (vision and MTP aside)."""
+    on_disk = {name: tuple(entry.shape) for name, entry in checkpoint.entries.items()}
+    return all(on_disk.get(tensor.name) == tensor.shape for tensor in checkpoint.spec.tensors())
+
+
+def streams_alike(folder: Path, model: Any) -> bool:
+    """Whether the streamed pass gives transformers' log-probabilities (a padded sequence among them)."""
+    checkpoint = Checkpoint(folder)
+    ids, mask = ids_of(checkpoint.spec.vocab_size)
+    whole = whole_log_probs(model, ids, mask)
+    streamed = streamed_log_probs(StreamedModel(checkpoint), ids, mask)
+    return bool(whole[mask].std() > 0.5 and (whole - streamed)[mask].abs().max() < 1e-4)
+
+
+def weighs_alike(name: str, folder: Path, model: Any) -> bool:
+    """Whether the sum of recorded weight x output is what the experts add to their block's output, in every layer."""
+    checkpoint = Checkpoint(folder)
+    spec = checkpoint.spec
+    ids, _ = ids_of(spec.vocab_size)
+    for index, (total, pairs) in recorded_sum(checkpoint, ids).items():
+        if name == "nemotron_h_moe":  # its experts work in a latent space: what they sum to is projected back
+            total = body_of(model).layers[index].mixer.fc2_latent_proj(total.float()).double()
+        expected = routed_of_block(model, index, spec.num_experts, ids)
+        scale = expected.abs().max()
+        if pairs != ids.numel() * spec.top_k or scale < 1e-2 or (total - expected).abs().max() > 2e-4 * scale:
+            return False
+    return True
+
+
+def reloads(pruned: Pruned) -> bool:
+    """Whether transformers loads what was pruned with every key in its place, and computes what is streamed of it."""
+    model, said = reload(pruned.folder)
+    return not any(said[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")) and streams_alike(
+        pruned.folder, model
+    )

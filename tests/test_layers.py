@@ -17,7 +17,7 @@ PURE = (
     "probes",
 )  # fmt: skip
 PASSES = ("observe", "prune", "quantize", "verify")
-TOP = ("build", "cli", "emit", "estimate", "stages", "inspection", "output", "serving")
+TOP = ("build", "cli", "emit", "estimate", "stages", "inspection", "output", "rehearse", "serving")
 HEAVY = ("torch", "transformers")
 FORBIDDEN = {
     **dict.fromkeys(PURE, ("stream", *PASSES, *TOP, "checkpoint")),
@@ -25,8 +25,10 @@ FORBIDDEN = {
     "stream": (*PASSES, *TOP, "planner", "engines"),
     **dict.fromkeys(PASSES, ("planner", *TOP)),
     **dict.fromkeys(
-        ("build", "emit", "estimate", "stages", "toolchain", "progress", "inspection", "output"), ("cli", "serving")
+        ("build", "emit", "estimate", "stages", "toolchain", "progress", "inspection", "output"),
+        ("cli", "serving", "rehearse"),
     ),
+    "rehearse": ("cli",),  # it drives planner, build and server as a user would
     "serving": (
         "planner",
         "engines",
@@ -108,7 +110,7 @@ def test_pure_parts_never_import_torch(part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["cli", "toolchain", "progress", "stages", "emit", "checkpoint", "inspection", "serving"]
+    "part", ["cli", "toolchain", "progress", "stages", "emit", "checkpoint", "inspection", "serving", "rehearse"]
 )
 def test_torch_is_imported_late(part: str) -> None:
     assert not offences(part, HEAVY, lazily=False)

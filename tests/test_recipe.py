@@ -37,6 +37,8 @@ speculative = "mtp"
 method = "ean"
 ratio = 0.125
 max_ratio = 0.5
+mtp = "prune"
+dissolve_groups = true
 [quantize]
 method = "gptq"
 bits = 4
@@ -87,7 +89,10 @@ def test_defaults(tmp_path: Path) -> None:
             "port": 8080, "tensor_parallel": "auto",
             "experimental": (), "tool_parser": "auto", "reasoning_parser": "auto", "speculative": "none",
         },
-        "prune": {"method": "auto", "ratio": "auto", "experts": "auto", "max_ratio": 0.25},
+        "prune": {
+            "method": "auto", "ratio": "auto", "experts": "auto", "max_ratio": 0.25, "mtp": "drop",
+            "dissolve_groups": False,
+        },
         "quantize": {
             "method": "auto", "bits": "auto", "group_size": "auto", "format": "auto", "mixed": {}, "iters": "auto",
             "imatrix": True, "pre_tokenizer": None,
@@ -111,7 +116,9 @@ def test_every_key(tmp_path: Path) -> None:
         "tensor_parallel": "auto", "experimental": (), "tool_parser": "none", "reasoning_parser": "qwen3",
         "speculative": "mtp",
     }  # fmt: skip
-    assert recipe.prune.model_dump() == {"method": "ean", "ratio": 0.125, "experts": "auto", "max_ratio": 0.5}
+    assert recipe.prune.model_dump() == {
+        "method": "ean", "ratio": 0.125, "experts": "auto", "max_ratio": 0.5, "mtp": "prune", "dissolve_groups": True,
+    }  # fmt: skip
     assert recipe.quantize.model_dump() == {
         "method": "gptq", "bits": 4, "group_size": 128, "format": "W4A16", "mixed": {}, "iters": "auto",
         "imatrix": False, "pre_tokenizer": "qwen2",

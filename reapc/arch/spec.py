@@ -273,6 +273,13 @@ class ModelSpec:
         unused = 0 if self.tied_embeddings else roles.get("embedding", 0)
         return self.parameters - unused - roles["expert"] // self.num_experts * (self.num_experts - self.top_k)
 
+    def fits_groups(self, count: int) -> bool:
+        """Whether the router's groups can hold ``count`` experts: as many in each, at least two where there are two now
+        (a group is worth its best two), and top-k in those that a token is sent to."""
+        each, rest = divmod(count, self.n_group)
+        least = min(self.num_experts // self.n_group, 2)
+        return self.n_group == 1 or (rest == 0 and each >= least and each * self.topk_group >= self.top_k)
+
     def with_experts(self, kept: int) -> ModelSpec:
         """The same model with ``kept`` experts in every MoE layer (MTP layers too)."""
         return replace(self, num_experts=kept)

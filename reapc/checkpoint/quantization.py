@@ -210,7 +210,7 @@ class Quantization:
         block = self._block(self.config, "weight_block_size")
         if (scheme := self.config.get("activation_scheme", "dynamic")) != "dynamic":
             raise self._unread("activation_scheme", scheme, "dynamic")
-        if (fmt := self.config.get("fmt", "e4m3")) != "e4m3":
+        if (fmt := self.config.get("fmt", "e4m3")) not in ("e4m3", "float8_e4m3fn"):  # MiniMax says the latter
             raise self._unread("fmt", fmt, "e4m3")
         kept = self._names("modules_to_not_convert") or self._names("ignored_layers")
 

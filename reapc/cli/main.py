@@ -15,6 +15,7 @@ COMMANDS = {
     "build": "Compile a recipe: decide, observe, prune, quantize, verify, and write the server's script.",
     "fit": "Show which models fit a hardware budget, pruned and quantized how.",
     "plan": "Show what a build of a recipe would decide, and why.",
+    "rehearse": "Try a recipe without its weights, on a tiny random model with the same structure.",
     "inspect": "Show a model in numbers: parameters by part, weights in any format, KV cache.",
     "observe": "Record expert scores of a model over calibration text.",
     "scores": "Show or merge scores files.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -19,6 +20,18 @@ CRITERIA = ["reap", "ean", "ean_sum", "frequency", "weighted_sum"]
 @click.option("--ratio", type=click.FloatRange(0, 1, max_open=True), help="Share of experts to drop.")
 @click.option("--experts", type=click.IntRange(min=1), help="Experts to keep.")
 @click.option("--criterion", type=click.Choice(CRITERIA), default="reap", show_default=True)
+@click.option(
+    "--mtp",
+    type=click.Choice(["drop", "prune"]),
+    default="drop",
+    show_default=True,
+    help="MTP (drafting) layers: leave them out, or let them keep as many experts as the others.",
+)
+@click.option(
+    "--dissolve-groups",
+    is_flag=True,
+    help="Make one group of the router's groups, and choose experts freely: routing changes.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary.")
 def command(
@@ -28,6 +41,8 @@ def command(
     ratio: float | None,
     experts: int | None,
     criterion: str,
+    mtp: Literal["drop", "prune"],
+    dissolve_groups: bool,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -36,20 +51,24 @@ def command(
     from reapc.checkpoint.source import fetch
     from reapc.cli.progress import make_progress
     from reapc.observe.scores import load_scores
-    from reapc.prune.criteria import check_kept, choose, groups_of, kept_count
+    from reapc.prune.criteria import check_count, check_kept, choose, expert_values, groups_of, kept_count
     from reapc.prune.rewrite import check_scores, prune
     from reapc.units import format_bytes
 
     if (ratio is None) == (experts is None):
         raise ReapcError("give one of --ratio and --experts")
-    checkpoint = Checkpoint(fetch(model, revision, Path(".")))
+    checkpoint = Checkpoint(fetch(model, revision, Path(".")), as_stored=True)
     spec = checkpoint.spec
     kept = experts if experts is not None else kept_count(spec.num_experts, float(ratio or 0))
     check_kept(kept, spec.num_experts, spec.top_k)
+    check_count(spec, kept, dissolve_groups)
     scores = load_scores(scores_file)
     check_scores(scores, checkpoint, scores_file)
-    chosen = choose(scores, criterion, kept, groups_of(spec))
-    size = prune(checkpoint, chosen, out, make_progress())
+    chosen = choose(scores, criterion, kept, groups_of(spec, dissolve_groups))
+    size = prune(
+        checkpoint, chosen, out, make_progress(), mtp=mtp, dissolve_groups=dissolve_groups,
+        values=expert_values(scores, criterion),
+    )  # fmt: skip
     if as_json:
         dropped = {str(i): sorted(set(range(spec.num_experts)) - set(kept_)) for i, kept_ in chosen.items()}
         click.echo(json.dumps({"output": str(out), "experts_kept": kept, "bytes": size, "dropped": dropped}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from reapc.arch import ModelSpec
 from reapc.formats.weights import Method, WeightFormat
 
 Tool = Literal["auto-round", "gptqmodel", "reapc"]
@@ -30,17 +31,30 @@ WRITERS: dict[Method, tuple[Writer, ...]] = {
 METHOD_TOOLS: dict[str, Tool] = {"auto_round": "auto-round", "gptq": "gptqmodel", "fp8": "reapc"}
 
 
-def writer(fmt: WeightFormat, method: str = "auto") -> Writer | None:
-    """Who writes ``fmt`` for a recipe's quantize.method; None where nobody does."""
+def writer(fmt: WeightFormat, method: str = "auto", spec: ModelSpec | None = None) -> Writer | None:
+    """Who writes ``fmt`` for a recipe's quantize.method (and of this model); None where nobody does."""
     wanted = METHOD_TOOLS.get(method)
     for found in WRITERS.get(fmt.method, ()):
-        if wanted in (None, found.tool) and set(fmt.widths) <= set(found.bits):
+        able = spec is None or unable(found.tool, spec) is None
+        if wanted in (None, found.tool) and set(fmt.widths) <= set(found.bits) and able:
             return found
     return None
 
 
-def why_not(fmt: WeightFormat) -> str | None:
-    """Why `reapc build` cannot write ``fmt``, or None where it can (bf16 and fp16 are the checkpoint itself)."""
+def unable(tool: Tool, spec: ModelSpec) -> str | None:
+    """Why the tool cannot quantize a model of this build, or None."""
+    kinds = {id(layer.kind): layer.kind for layer in spec.layers}.values()
+    if any(g.role == "expert" and g.linears and g.expert_axis is not None for kind in kinds for g in kind.tensors):
+        return "the model keeps the experts of a layer in one tensor, and this version quantizes them one by one"
+    if tool == "auto-round" and any(k.recurrent_elements for k in kinds) and any(k.cache for k in kinds):
+        # seen with Qwen3-Next: a mask of one kind reaches a layer of the other
+        return "AutoRound 0.16 fails on models that mix linear with full attention"
+    return None
+
+
+def why_not(fmt: WeightFormat, spec: ModelSpec | None = None) -> str | None:
+    """Why `reapc build` cannot write ``fmt`` (of this model), or None where it can (bf16 and fp16 are the checkpoint
+    itself)."""
     if not fmt.quantized:
         return None if fmt.name == "bf16" else "a checkpoint is written in the dtype that it has"
     if fmt.method not in WRITERS:
@@ -48,4 +62,6 @@ def why_not(fmt: WeightFormat) -> str | None:
     if writer(fmt) is None:
         allowed = sorted({bits for found in WRITERS[fmt.method] for bits in found.bits})
         return f"its quantizer writes {', '.join(map(str, allowed))} bits"
+    if spec is not None and writer(fmt, spec=spec) is None:
+        return unable(WRITERS[fmt.method][0].tool, spec)
     return None

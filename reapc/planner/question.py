@@ -87,9 +87,10 @@ def floor_count(value: float) -> int:
 
 def kept_counts(
     spec: ModelSpec, *, ratio: float | None = None, experts: int | None = None, max_ratio: float = 0.25,
-    none: bool = False,
+    none: bool = False, dissolve_groups: bool = False,
 ) -> tuple[int, ...]:  # fmt: skip
-    """Expert counts that may be kept, largest first; ReapcError where the request leaves fewer than top-k."""
+    """Expert counts that may be kept, largest first; ReapcError where the request leaves fewer than top-k, or counts
+    that the router's groups cannot hold (``dissolve_groups``: there is one group)."""
     total, top_k = spec.num_experts, spec.top_k
     if none:
         return (total,)
@@ -107,15 +108,14 @@ def kept_counts(
         counts: Sequence[int] = (kept,)
     else:
         counts = range(total, max(top_k, total - floor_count(total * max_ratio)) - 1, -1)
-    # with groups a token sees only the experts of the groups chosen for it: those must be at least top-k
-    grouped = tuple(
-        kept for kept in counts if kept % spec.n_group == 0 and kept // spec.n_group * spec.topk_group >= top_k
-    )
+    grouped = tuple(kept for kept in counts if dissolve_groups or spec.fits_groups(kept))
     if not grouped:
+        least = next(n for n in range(1, total + 1) if spec.fits_groups(n))
         raise ReapcError(
             f"{counts[0]} experts do not divide into the router's {spec.n_group} groups, or {spec.topk_group} of them "
             f"hold fewer than the {top_k} experts that a token needs",
-            hint=f"a multiple of {spec.n_group} is needed, at least {-(-top_k // spec.topk_group) * spec.n_group}",
+            hint=f"a multiple of {spec.n_group} is needed, at least {least}; prune.dissolve_groups = true gives the "
+            "groups up, which changes the routing",
         )
     # llama-quantize would take a model pruned to 8 for Mixtral; only an explicit request gets it
     if len(grouped) > 1 and total != MIXTRAL_EXPERTS:
@@ -138,13 +138,13 @@ def auto_pairs(spec: ModelSpec, engine: str = "auto", buildable: bool = False) -
         pairs = [("vllm", native), *pairs]
     if native == "mxfp4:experts":
         pairs.append(("llama.cpp", "MXFP4_MOE"))
-    return tuple(pair for pair in pairs if engine in ("auto", pair[0]) and (not buildable or writable(pair[1])))
+    return tuple(pair for pair in pairs if engine in ("auto", pair[0]) and (not buildable or writable(pair[1], spec)))
 
 
-def writable(name: str) -> bool:
-    """Whether `reapc build` of this version can write the format; the planner knows more."""
+def writable(name: str, spec: ModelSpec | None = None) -> bool:
+    """Whether `reapc build` of this version can write the format (of such a model); the planner knows more."""
     fmt = weights.parse(name)
-    return name in DEFAULT_TYPES if fmt is None else writers.why_not(fmt) is None
+    return name in DEFAULT_TYPES if fmt is None else writers.why_not(fmt, spec) is None
 
 
 def format_pairs(name: str, engine: str) -> tuple[tuple[EngineName, str], ...]:
@@ -188,6 +188,7 @@ def from_recipe(
         experts=None if prune.experts == "auto" else prune.experts,
         max_ratio=prune.max_ratio,
         none=prune.method == "none",
+        dissolve_groups=prune.dissolve_groups,
     )
     return Question(
         model=model,
@@ -220,11 +221,12 @@ def _recipe_pairs(recipe: Recipe, spec: ModelSpec, buildable: bool) -> tuple[tup
             f"quantize.bits = {quantize.bits}: no such format (1 to 6, 8 or 16 bits), or another key excludes it"
         )
     if buildable:
-        ours = tuple(pair for pair in pairs if writable(pair[1]))
+        ours = tuple(pair for pair in pairs if writable(pair[1], spec))
         if not ours:
             fmt = weights.parse(pairs[0][1])
             raise CannotBeDone(
-                f"this version of reapc cannot write {pairs[0][1]}: {writers.why_not(fmt) if fmt else 'no writer'}",
+                f"this version of reapc cannot write {pairs[0][1]}: "
+                f"{writers.why_not(fmt, spec) if fmt else 'no writer'}",
                 hint='quantize.method = "auto_round" or "gguf" quantizes to formats that it can; "none" keeps bf16',
             )
         return ours

@@ -41,8 +41,8 @@ def reasons(question: Question, ranked: list[Candidate], refused: list[Refusal],
         lines.append(
             f"Next best: {other.engine} {other.format}, {other.experts_kept} experts, KL {other.predicted_loss:.4f}."
         )
-    if not writable(best.format):
-        ours = next((item for item in ranked if writable(item.format)), None)
+    if not writable(best.format, question.spec):
+        ours = next((item for item in ranked if writable(item.format, question.spec)), None)
         instead = f"it would take {ours.engine} {ours.format}, {ours.experts_kept} experts" if ours else "nothing fits"
         lines.append(f"`reapc build` of this version cannot write {best.format} yet: {instead}.")
     too_large = list(dict.fromkeys(r.format for r in refused if r.experts is not None))

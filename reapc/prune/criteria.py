@@ -48,19 +48,11 @@ def groups_of(spec: ModelSpec, dissolve: bool = False) -> int:
     return spec.n_group if spec.topk_group < spec.n_group and not dissolve else 1
 
 
-def fits_groups(spec: ModelSpec, count: int) -> bool:
-    """Whether the router's groups can hold ``count`` experts: as many in each, at least two where the original has two
-    (a group is worth its best two), and top-k in those that a token is sent to."""
-    each, rest = divmod(count, spec.n_group)
-    least = min(spec.num_experts // spec.n_group, 2)
-    return spec.n_group == 1 or (rest == 0 and each >= least and each * spec.topk_group >= spec.top_k)
-
-
 def check_count(spec: ModelSpec, count: int, dissolve: bool = False, where: str = "") -> None:
     """ReapcError names the nearest counts that the router's groups can hold, unless ``count`` is one."""
-    if dissolve or fits_groups(spec, count):
+    if dissolve or spec.fits_groups(count):
         return
-    possible = [n for n in range(1, spec.num_experts + 1) if fits_groups(spec, n)]
+    possible = [n for n in range(1, spec.num_experts + 1) if spec.fits_groups(n)]
     near = [*(n for n in possible[::-1] if n < count), None][:1] + [*(n for n in possible if n > count), None][:1]
     raise ReapcError(
         f"{where}{count} experts do not fill the router's {spec.n_group} groups equally, {spec.topk_group} of which "

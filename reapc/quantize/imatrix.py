@@ -9,20 +9,20 @@ import numpy as np
 from reapc.arch import ModelSpec
 from reapc.observe.scores import Scores
 from reapc.quantize.gguf import write_imatrix
+from reapc.stream.model import Q_NOPE
 from reapc.stream.tokens import Tokens
-
-_TURNED = ("attn_k_b.weight",)
 
 
 def entries_of(scores: Scores, spec: ModelSpec) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Sums of squared inputs and counts by GGUF tensor name; experts' are (experts, in) with one count each.
 
-    A tensor that the converter makes of a linear but whose rows are not that linear's (MLA's k_b, turned around; a
-    matrix cut in two) has no entry."""
+    Of MLA's kv_b the converter makes two matrices for each head: k_b, turned around, which is given the query's part
+    without positions, and v_b, which is given a mean of latents: the latents' own moments stand for it. A matrix whose
+    rows are of another length than what was observed has no entry."""
     entries: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for layer in spec.layers:
         for group in layer.kind.tensors:
-            if not group.linears:
+            if not group.linears and len(group.shape) != 2:
                 continue
             module = f"{layer.prefix}.{group.name}".removesuffix(".weight")
             if group.role == "expert":
@@ -34,8 +34,17 @@ def entries_of(scores: Scores, spec: ModelSpec) -> dict[str, tuple[np.ndarray, n
             if values is None or counts is None:
                 continue
             for part in group.gguf:
-                if part.shape[-1:] == values.shape[-1:] and part.name not in _TURNED:
-                    entries[f"blk.{layer.index}.{part.name}"] = (values, counts)
+                place = f"blk.{layer.index}.{part.name}"
+                if part.name == "attn_k_b.weight":
+                    heads, _, columns = part.shape
+                    own = scores.arrays.get(f"second_moment.{module.rpartition('.')[0]}.{Q_NOPE}")
+                    if own is not None and own.size == heads * columns:
+                        entries[place] = (own.reshape(heads, columns), np.repeat(counts, heads))
+                elif part.shape[-1:] == values.shape[-1:]:
+                    heads = part.shape[0] if len(part.shape) == 3 else 0  # v_b: one matrix for each head
+                    entries[place] = (
+                        (np.tile(values, (heads, 1)), np.repeat(counts, heads)) if heads else (values, counts)
+                    )
     return entries
 
 

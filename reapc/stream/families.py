@@ -77,8 +77,46 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+# How scores become gate weights, by the key that says so; transformers' classes have one way each but for V2's.
+_SIGMOID, _SOFTMAX = ("sigmoid",), ("softmax",)
+_SCORING = {"deepseek_v2": _SOFTMAX, "deepseek_v4": ("sqrtsoftplus",)}
+_METHODS = {"deepseek_v2": ("greedy", "group_limited_greedy")}
+# Keys about routers that change nothing of the gate weight, or that the classes read.
+_ROUTER_KEYS = {
+    "moe_router_activation_func", "moe_router_dtype", "moe_router_scaling_factor", "output_router_logits",
+    "router_aux_loss_coef", "router_jitter_noise", "router_z_loss_coef", "routed_scaling_factor", "scoring_func",
+    "topk_method", "use_moe_router_bias", "use_routing_bias",
+}  # fmt: skip
+_ROUTER_WORDS = ("router", "routing", "scoring", "topk_method")
+
+
+def check_router(config: dict[str, Any], where: str) -> None:
+    """CannotBeDone where config.json says of a router what is not understood: the recorded gate weight would be a
+    guess."""
+    text = text_config(config)
+    model_type = str(text.get("model_type", config.get("model_type")))
+    wanted = {
+        "scoring_func": _SCORING.get(model_type, _SIGMOID),
+        "moe_router_activation_func": _SIGMOID,
+        "topk_method": _METHODS.get(model_type, ("noaux_tc",)),
+    }
+    for key, value in text.items():
+        if key in wanted and value is not None and value not in wanted[key]:
+            raise CannotBeDone(
+                f"{where}: config.json: {key} = {value!r}: the router of {model_type} is known with "
+                f"{' or '.join(map(repr, wanted[key]))}",
+                hint="how its scores become gate weights is not known in this version",
+            )
+        if key not in _ROUTER_KEYS and any(word in key for word in _ROUTER_WORDS) and value not in (None, False, 0):
+            raise CannotBeDone(
+                f"{where}: config.json: {key} = {value!r}: this router attribute is not known in this version",
+                hint="what it does to the gate weights is not known, so scores would be a guess",
+            )
+
+
 def check_state(spec: ModelSpec, config: dict[str, Any], where: str) -> None:
-    """CannotBeDone where layers share a state that the streamed pass does not carry."""
+    """CannotBeDone where layers share a state that the streamed pass does not carry, or a router is not understood."""
+    check_router(config, where)
     text = text_config(config)
     if spec.family == "gemma4" and text.get("num_kv_shared_layers"):
         raise CannotBeDone(

@@ -7,7 +7,7 @@ computed puts the stored hidden states in, and its result ends the pass; the oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Protocol
@@ -25,6 +25,11 @@ from reapc.stream.skeleton import Skeleton
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 INTEGER_DTYPES = ("I64", "I32")  # DeepSeek-V4's table of experts by token id
+
+
+# What MLA's queries without their positions are called beside the linears of an attention: llama.cpp multiplies its k_b
+# with them.
+Q_NOPE = "q_nope"
 
 
 class Forward(Protocol):
@@ -296,6 +301,25 @@ class StreamedModel:
 
             return show
 
+        self._hook_queries(module, prefix, hook)
         for name, child in module.named_modules():
             if isinstance(child, nn.Linear):
                 child.register_forward_pre_hook(hook(names.get(name, f"{prefix}.{name}")))
+
+    def _hook_queries(self, module: nn.Module, prefix: str, hook: Callable[[str], Any]) -> None:
+        """Shows the observer the queries of latent attention, (tokens, heads x qk_nope_head_dim)."""
+        for name, child in module.named_modules():
+            if not hasattr(child, "kv_b_proj") or not hasattr(child, "qk_nope_head_dim"):
+                continue
+            attention: Any = child
+            last = attention.q_b_proj if getattr(attention, "q_lora_rank", None) else attention.q_proj
+            nope, whole = attention.qk_nope_head_dim, attention.qk_nope_head_dim + attention.qk_rope_head_dim
+            show = hook(f"{prefix}.{name}.{Q_NOPE}")
+
+            def keep(
+                _: nn.Module, __: Any, output: torch.Tensor, show: Any = show, nope: int = nope, whole: int = whole
+            ) -> None:
+                queries = output.reshape(*output.shape[:-1], -1, whole)[..., :nope]
+                show(_, (queries.flatten(-2),))
+
+            last.register_forward_hook(keep)
