@@ -339,29 +339,33 @@ class Build:
         """The GGUF file of the plan's type."""
         from reapc.quantize import gguf
 
-        quantize, fmt = self.inputs.recipe.quantize, plan.chosen.format
-        tools = _llamacpp_version()
-        base_type = "f16" if fmt == "F16" else "bf16"
-        base_depends = {"model": pruned_key, "type": base_type, "pre": quantize.pre_tokenizer, "tools": tools}
-
-        def convert(folder: Path, scratch: Path) -> None:
-            gguf.convert(pruned, folder / "model.gguf", base_type, quantize.pre_tokenizer, log=self.progress.log)
-
-        base, base_key = self.cache.run("convert", base_depends, convert)
+        fmt = plan.chosen.format
+        base, base_key = self._convert(pruned, pruned_key, "f16" if fmt == "F16" else "bf16")
         if fmt in ("BF16", "F16"):
-            return base / "model.gguf"
-        wanted = quantize.imatrix and fmt != "Q8_0"  # llama-quantize rounds Q8_0 without one
+            return base
+        wanted = self.recipe.quantize.imatrix and fmt != "Q8_0"  # llama-quantize rounds Q8_0 without one
         imatrix, imatrix_key = self._imatrix(pruned, pruned_key) if wanted else (None, "")
-        depends = {"base": base_key, "imatrix": imatrix_key, "format": fmt, "tools": tools}
+        depends = {"base": base_key, "imatrix": imatrix_key, "format": fmt, "tools": _llamacpp_version()}
 
         def work(folder: Path, scratch: Path) -> None:
             threads = os.cpu_count() or 1
-            gguf.quantize(
-                base / "model.gguf", folder / "model.gguf", fmt, imatrix, threads=threads, log=self.progress.log
-            )
+            gguf.quantize(base, folder / "model.gguf", fmt, imatrix, threads=threads, log=self.progress.log)
 
         folder, _ = self.cache.run("quantize", depends, work)
         return folder / "model.gguf"
+
+    def _convert(self, pruned: Path, pruned_key: str, outtype: str) -> tuple[Path, str]:
+        """The pruned checkpoint as GGUF in 16 bit, and its key."""
+        from reapc.quantize import gguf
+
+        pre = self.recipe.quantize.pre_tokenizer
+        depends = {"model": pruned_key, "type": outtype, "pre": pre, "tools": _llamacpp_version()}
+
+        def work(folder: Path, scratch: Path) -> None:
+            gguf.convert(pruned, folder / "model.gguf", outtype, pre, log=self.progress.log)
+
+        folder, key = self.cache.run("convert", depends, work)
+        return folder / "model.gguf", key
 
     def _imatrix(self, pruned: Path, pruned_key: str) -> tuple[Path, str]:
         """The importance matrix, from the second moments of the pruned model's own routing."""

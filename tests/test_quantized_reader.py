@@ -268,7 +268,7 @@ def test_rules_of_fp8() -> None:
     ("config", "words"),
     [
         ({"quant_method": "awq", "bits": 4}, "quant_method = 'awq': this version reads one of gptq, auto-round"),
-        ({"quant_method": "mxfp4"}, "quant_method = 'mxfp4'"),
+        ({"quant_method": "mxfp4", "modules_to_not_convert": ["("]}, "is not a regular expression"),
         ({"bits": 4}, "quant_method = 'None'"),
         ({"quant_method": "fp8"}, "weight_block_size = None"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "activation_scheme"),

@@ -184,7 +184,7 @@ class TestCommand:
         code, out, _ = run_main(capsys, "rehearse", tmp_path / "mine.toml")
         assert code == 1
         assert "AssertionError: no such head" in out
-        assert "It ended at 'quantize'" in out
+        assert "It ended at 'convert'" in out
         assert "not reached" in out
 
     def test_a_fault_of_a_library_is_no_traceback(self, cache, capsys, tmp_path, monkeypatch) -> None:

@@ -38,9 +38,9 @@ it (`tools/families_table.py` writes this page; `tests/test_families.py` asserts
   nothing about the real one. Refusals of the planner come first.
 
 transformers 5.23 has no Kimi-K3: it is planned, pruned, and refused by name for the rest. Gemma-4 models whose layers
-share keys and values, or have embeddings of their own, are refused by name. DeepSeek-V4's first layers choose by a table
-of token ids: it is remapped to the experts that stay (see `reapc/arch/deepseek_v4.py`); vLLM's router kernel takes the
-published expert counts only.
+share keys and values, or have embeddings of their own, are refused by name. DeepSeek-V4's first layers choose by a
+table of token ids: it is remapped to the experts that stay (see `reapc/arch/deepseek_v4.py`); vLLM's router kernel
+takes the published expert counts only.
 
 """
 

@@ -1,18 +1,23 @@
 """Quantized linears back to float32, exactly: what the numbers on disk mean, before any kernel's own rounding.
 
 (q - zero) * scale of 8 bit integers and a 16 bit scale has no more than 20 bits of mantissa: float32 holds
-it exactly. An e4m3 value times a float32 scale is rounded once.
+it exactly. An e4m3 value times a float32 scale is rounded once. MXFP4 becomes bfloat16, which holds it exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from reapc.checkpoint.packing import Packing
 
 if TYPE_CHECKING:
     import torch
+
+
+# E2M1 by its four bits, the highest of them the sign (OCP Microscaling Formats 1.0, table 5).
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 def unpack_stream(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -102,8 +107,36 @@ def _tiles(parts: Mapping[str, torch.Tensor], packing: Packing, rows: int, colum
     return result
 
 
+@lru_cache(maxsize=4)
+def _mxfp4_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """By a byte: the two bfloat16 that its halves mean, low one first, as the bits of one int32; and the bfloat16
+    2^(byte - 127) of a scale."""
+    import torch
+
+    low = torch.tensor(_E2M1, dtype=torch.bfloat16)
+    pairs = torch.stack((low.repeat(16), low.repeat_interleave(16)), dim=1).view(torch.int32)[:, 0]
+    # bfloat16 has E8M0's eight bits of exponent, with the same bias of 127, above seven of mantissa
+    bits = torch.arange(256, dtype=torch.int16) << 7
+    bits[0] = 1 << 6  # 2^-127: the exponent 0 is that of the subnormals, which count in 2^-133
+    bits[255] |= 1  # NaN; without it, infinity
+    return pairs.to(device), bits.view(torch.bfloat16).to(device)
+
+
+def mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """``blocks`` (..., groups, 16) uint8, two E2M1 values in each byte, and ``scales`` (..., groups) uint8 (E8M0):
+    (..., groups * 32) bfloat16, exact, the values of transformers' convert_moe_packed_tensors. A scale of 255 is NaN,
+    as the standard has it (OCP Microscaling Formats 1.0, 5.4.1); transformers takes it for 2^128."""
+    import torch
+
+    pairs, powers = _mxfp4_tables(blocks.device)
+    values = pairs[blocks.int()].view(torch.bfloat16)
+    values *= powers[scales.int()][..., None]
+    return values.flatten(-2)
+
+
 def decode(parts: Mapping[str, torch.Tensor], packing: Packing, rows: int, columns: int) -> torch.Tensor:
-    """The (rows, columns) float32 weight of a linear from its ``parts`` (tensors on disk by the end of their name)."""
+    """The (rows, columns) weight of a linear from its ``parts`` (tensors on disk by the end of their name): bfloat16 of
+    MXFP4, float32 of all others."""
     match packing.method:
         case "gptq" | "auto-round":
             return _gptq(parts, packing, rows, columns)
@@ -113,5 +146,7 @@ def decode(parts: Mapping[str, torch.Tensor], packing: Packing, rows: int, colum
             return _tiles(parts, packing, rows, columns)
         case "fp8" | "int8":
             return parts["weight"].float() * parts["weight_scale"].float()
+        case "mxfp4":
+            return mxfp4(parts["blocks"], parts["scales"])
         case _:
             raise AssertionError(packing.method)  # quantization.py makes no other

@@ -58,6 +58,14 @@ class Packing:
             return f"a {rows} x {columns} linear does not pack into int32 at {self.bits} bits"
         return None
 
+    def fused_parts(self, experts: int, rows: int, columns: int) -> tuple[Part, ...]:
+        """What gpt-oss stores of a (rows, columns) linear of ``experts`` in MXFP4; the ends follow an underscore."""
+        groups = columns // self.group_size
+        return (
+            Part("blocks", (experts, rows, groups, self.group_size // 2), ("U8",)),
+            Part("scales", (experts, rows, groups), ("U8",)),
+        )
+
     def parts(self, module: str, rows: int, columns: int, entries: Mapping[str, TensorEntry]) -> tuple[Part, ...]:
         """What ``entries`` must hold of ``module``, with what published checkpoints do differently from reapc's own:
         scales in any float, GPTQ without g_idx, and compressed-tensors' padded words where the shape shows them."""

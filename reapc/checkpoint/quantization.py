@@ -4,6 +4,8 @@ GPTQ: ``dynamic`` patterns matched from the start of a name, the first one count
 AutoRound: an exact name in ``extra_config``, then a pattern found anywhere in a name, within
 ``block_name_to_quantize`` (vLLM inc/config_parser.py). compressed-tensors: ``ignore``, then ``config_groups`` by name,
 by pattern, by class. FP8: ``modules_to_not_convert`` by a whole name, its start or its end at a dot (transformers).
+MXFP4 (gpt-oss): fused experts only, less ``modules_to_not_convert`` as patterns from the start of a name up to a dot or
+as its very end (transformers quantizers_utils.should_convert_module; vLLM leaves other linears alone too).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 from reapc.checkpoint.packing import Packing
 from reapc.errors import CannotBeDone, ReapcError
 
-READ = ("gptq", "auto-round", "compressed-tensors", "fp8")
+READ = ("gptq", "auto-round", "compressed-tensors", "fp8", "mxfp4")
 _UNQUANTIZED_BITS = 16
 _REGEX_CHARACTERS = set(r"*+?^$()[]{}|\\")
 
@@ -33,6 +35,7 @@ class Quantization:
             "auto-round": self._auto_round,
             "compressed-tensors": self._compressed_tensors,
             "fp8": self._fp8,
+            "mxfp4": self._mxfp4,
         }
         if self.method not in readers:
             raise self._unread("quant_method", self.method, f"one of {', '.join(READ)}")
@@ -219,6 +222,17 @@ class Quantization:
             if any(padded.startswith(f".{name}.") or padded.endswith(f".{name}.") for name in kept):
                 return None
             return Packing("fp8-block", 8, block=block)
+
+        return packing
+
+    def _mxfp4(self) -> Callable[[str], Packing | None]:
+        kept = self._names("modules_to_not_convert")
+        patterns = [self._pattern(rf"(?:{name})(?:(?<=\.)|(?=\.|$))") for name in kept]
+
+        def packing(module: str) -> Packing | None:
+            if not module.endswith(".experts") or module.endswith(tuple(kept)):
+                return None
+            return None if any(pattern.match(module) for pattern in patterns) else Packing("mxfp4", 4, 32)
 
         return packing
 

@@ -28,12 +28,14 @@ def quantization_config(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class PackedLinear(NamedTuple):
-    """A quantized linear: the tensors that it lies in, by the end of their names, and how to read them."""
+    """A quantized linear: the tensors that it lies in, by the end of their names, and how to read them. With
+    ``experts`` > 0, one such of each, by the first axis of every part; the plain tensor is (experts, columns, rows)."""
 
     packing: Packing
     rows: int
     columns: int
     parts: dict[str, str]
+    experts: int = 0
 
 
 class Checkpoint(Shards):
@@ -84,7 +86,8 @@ class Checkpoint(Shards):
         found = self.entries[name].shape
         if found != shape:
             raise ReapcError(
-                f"{self.shard_of[name]}: tensor {name!r} has shape {list(found)}, config.json implies {list(shape)}"
+                f"{self.shard_of[name]}: tensor {name!r} has shape {list(found)}, config.json implies {list(shape)}",
+                hint="config.json belongs to another checkpoint, or the weights were packed in another way",
             )
 
     def _check_quantized(self) -> None:
@@ -92,7 +95,8 @@ class Checkpoint(Shards):
         expected: set[str] = set()
         missing: list[str] = []
         for tensor, group in tensors_of(self.spec):
-            packing = self._packing_of(tensor, group.expert_axis is not None) if group.linears else None
+            fused = group.expert_axis is not None
+            packing = self._packing_of(tensor, fused) if group.linears else None
             if packing is None:
                 expected.add(tensor.name)
                 if tensor.name not in self.entries:
@@ -100,15 +104,22 @@ class Checkpoint(Shards):
                 else:
                     self._check_shape(tensor.name, tensor.shape)
                 continue
-            ((module, (rows, columns)),) = linear_modules(tensor, group, 0)
+            if fused:  # gate and up are one matrix
+                module, rows, columns = tensor.name, sum(linear[0] for linear in group.linears), group.linears[0][1]
+            else:
+                ((module, (rows, columns)),) = linear_modules(tensor, group, 0)
             if reason := packing.misfit(rows, columns):
                 raise ReapcError(f"{self.folder / 'config.json'}: quantization_config: {module}: {reason}")
-            parts = packing.parts(module, rows, columns, self.entries)
-            self.packed[tensor.name] = PackedLinear(
-                packing, rows, columns, {part.suffix: f"{module}.{part.suffix}" for part in parts}
+            experts = self.spec.num_experts if fused else 0
+            parts = (
+                packing.fused_parts(experts, rows, columns)
+                if fused
+                else packing.parts(module, rows, columns, self.entries)
             )
+            names = {part.suffix: f"{module}{'_' if fused else '.'}{part.suffix}" for part in parts}
+            self.packed[tensor.name] = PackedLinear(packing, rows, columns, names, experts)
             for part in parts:
-                name = f"{module}.{part.suffix}"
+                name = names[part.suffix]
                 expected.add(name)
                 if name not in self.entries:
                     missing.append(name)
@@ -136,7 +147,13 @@ class Checkpoint(Shards):
 
     def _packing_of(self, tensor: TensorSpec, fused: bool) -> Packing | None:
         assert self.quantization is not None
-        if fused:
+        if self.quantization.method == "mxfp4" and self.spec.family != "gpt_oss":
+            raise CannotBeDone(
+                f"{self.folder / 'config.json'}: quantization_config: quant_method = 'mxfp4' in a {self.spec.family} "
+                "model: this version reads it in gpt-oss",
+                hint="take its 16 bit original",
+            )
+        if fused and self.quantization.method != "mxfp4":
             raise CannotBeDone(
                 f"{self.folder}: {tensor.name}: this version reads quantized experts that are stored one by one",
                 hint="take its 16 bit original",
@@ -180,12 +197,20 @@ class Checkpoint(Shards):
         return result.hexdigest()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as stored, mapped from the file; of a quantized linear's weight, what it means, in float32."""
+        """The tensor as stored, mapped from the file; of a quantized linear's weight, what it means, in float32 (of
+        gpt-oss's MXFP4 experts in bfloat16: the very tensor of the 16 bit checkpoint)."""
         if name not in self.packed:
             return self.stored_tensor(name)
+        import torch
+
         from reapc.checkpoint.decode import decode
 
         linear = self.packed[name]
+        if linear.experts:
+            whole = torch.empty(linear.experts, linear.columns, linear.rows, dtype=torch.bfloat16)
+            for expert in range(linear.experts):
+                whole[expert] = self._expert(name, expert, "cpu")
+            return whole
         parts = {suffix: self.stored_tensor(part) for suffix, part in linear.parts.items()}
         if "g_idx" in parts:
             groups, order = parts["scales"].shape[0], parts["g_idx"]
@@ -193,9 +218,25 @@ class Checkpoint(Shards):
                 raise ReapcError(f"{self.where(name)}: tensor {linear.parts['g_idx']!r} names no group of {groups}")
         return decode(parts, linear.packing, linear.rows, linear.columns)
 
+    def _expert(self, name: str, expert: int, device: str | torch.device) -> torch.Tensor:
+        from reapc.checkpoint.decode import decode
+
+        if name not in self.packed:
+            return self.stored_tensor(name)[expert]
+        linear = self.packed[name]
+        parts = {suffix: self.stored_tensor(part)[expert].to(device) for suffix, part in linear.parts.items()}
+        return decode(parts, linear.packing, linear.rows, linear.columns).mT
+
+    def read_expert(self, name: str, expert: int, device: str | torch.device = "cpu") -> torch.Tensor:
+        """``tensor(name)[expert]`` of a tensor with the experts on its first axis, from this expert's bytes alone, and
+        refused as by ``checked_tensor``. A quantized one is decoded on ``device``; others stay mapped."""
+        return self._checked(f"tensor {name!r}, expert {expert},", self._expert(name, expert, device), name)
+
     def dtype_of(self, name: str) -> str:
         """The safetensors dtype of what ``tensor(name)`` gives."""
-        return "F32" if name in self.packed else self.entries[name].dtype
+        if name not in self.packed:
+            return self.entries[name].dtype
+        return "BF16" if self.packed[name].packing.method == "mxfp4" else "F32"
 
     def where(self, name: str) -> Path:
         """The shard that the tensor, or the packed weights of a linear, lie in."""
@@ -203,14 +244,16 @@ class Checkpoint(Shards):
 
     def checked_tensor(self, name: str) -> torch.Tensor:
         """``tensor(name)``, refused by name when it holds NaN or infinity."""
+        return self._checked(f"tensor {name!r}", self.tensor(name), name)
+
+    def _checked(self, what: str, tensor: torch.Tensor, name: str) -> torch.Tensor:
         import torch
 
-        tensor = self.tensor(name)
         if tensor.is_floating_point() and tensor.numel():
             low, high = torch.aminmax(tensor)
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 raise ReapcError(
-                    f"{self.where(name)}: tensor {name!r} holds NaN or infinite weights",
+                    f"{self.where(name)}: {what} holds NaN or infinite weights",
                     hint="the checkpoint is damaged; scores and quantization would be meaningless",
                 )
         return tensor

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from reapc.arch import ModelSpec, model_spec
 from reapc.build import Build
 from reapc.checkpoint.source import config_of
-from reapc.errors import ReapcError
+from reapc.errors import CannotBeDone, ReapcError
 from reapc.plan import Plan
 from reapc.planner.search import make_plan
 from reapc.progress import Silent
@@ -27,8 +27,11 @@ from reapc.rehearse.tokenizer import write_tokenizer
 from reapc.stages import StageCache
 from reapc.stream.tokens import Tokens
 from reapc.units import format_bytes, format_seconds
+from reapc.verify.fidelity import compare
 
-STEPS = ("shrink", "make", "check", "observe", "prune", "quantize", "verify", "emit", "serve")
+STEPS = ("shrink", "make", "check", "observe", "prune", "convert", "quantize", "verify", "emit", "serve")
+# What bf16 weights and an f16 KV cache cost a random model is a hundredth of this; another model gives nats.
+CONVERTED_KL = 0.05
 State = Literal["ok", "failed", "skipped", "not reached"]
 READY_SECONDS = 120.0
 LAST_WORDS = 12
@@ -160,7 +163,22 @@ class _Watched(Build):
             row.seen = f"{plan.chosen.experts_kept} of {plan.num_experts} experts kept in {len(kept)} layers"
         return found
 
+    def _convert(self, pruned: Path, pruned_key: str, outtype: str) -> Any:
+        with self.steps.step("convert") as row:
+            path, key = super()._convert(pruned, pruned_key, outtype)
+            found = compare(pruned, path, self.inputs.held_out, self.progress)
+            row.seen = f"GGUF in {outtype} against the pruned checkpoint: KL {found.kl:.5f}, top-1 {found.top1:.1%}"
+            if found.kl > CONVERTED_KL:
+                raise CannotBeDone(
+                    f"what llama.cpp computes of the converted file is another model than the pruned checkpoint: KL "
+                    f"{found.kl:.3f}"
+                )
+        return path, key
+
     def _quantize(self, pruned: Path, pruned_key: str, plan: Plan) -> Path:
+        if plan.chosen.engine != "llama.cpp":
+            with self.steps.step("convert") as row:
+                row.state, row.seen = "skipped", "vLLM reads the checkpoint itself"
         with self.steps.step("quantize") as row:
             found = super()._quantize(pruned, pruned_key, plan)
             row.seen = f"{plan.chosen.format}, {format_bytes(_size(found))}"

@@ -77,25 +77,33 @@ Expert = dict[str, "torch.Tensor"]  # part -> (out, in), or "part.bias" -> (out,
 
 
 def load_experts(
-    places: ExpertPlaces, prefix: str, experts: int, read: Callable[[str], torch.Tensor], decoded: bool
+    places: ExpertPlaces,
+    prefix: str,
+    experts: int,
+    read: Callable[[str], torch.Tensor],
+    read_expert: Callable[[str, int], torch.Tensor] | None = None,
 ) -> Callable[[int], Expert]:
-    """An expert's matrices by its number: mapped from the file, or, where they are quantized (``decoded``), decoded
-    whenever they are needed, so that a layer costs no memory beyond one expert either way. Fused tensors are read once
-    and cut."""
+    """An expert's matrices by its number: mapped from the file, fused tensors read once and cut; or, where they are
+    quantized (``read_expert`` gives one expert's share of a fused tensor), decoded whenever they are needed. So a layer
+    costs no memory beyond one expert either way."""
     named = [*((key, stored) for key, stored in places.parts.items())]
     named += [(f"{key}.bias", stored) for key, stored in places.biases.items()]
-    fused = {stored.name: read(f"{prefix}.{stored.name}") for _, stored in named if stored.fused}
+    fused: dict[str, torch.Tensor] = {}
+    if read_expert is None:
+        fused = {stored.name: read(f"{prefix}.{stored.name}") for _, stored in named if stored.fused}
 
     def load(expert: int) -> Expert:
         found = {}
         for key, stored in named:
-            if stored.fused:
+            if stored.fused and read_expert is not None:
+                tensor = read_expert(f"{prefix}.{stored.name}", expert)
+            elif stored.fused:
                 tensor = fused[stored.name][expert]
             else:
                 tensor = read(f"{prefix}.{stored.name.replace('{e}', str(expert))}")
             found[key] = tensor.mT if stored.turned else tensor
         return found
 
-    if decoded:
+    if read_expert is not None:
         return load
     return [load(expert) for expert in range(experts)].__getitem__

@@ -171,6 +171,9 @@ class StreamedModel:
     def _read(self, name: str) -> torch.Tensor:
         return self.checkpoint.checked_tensor(name)
 
+    def _read_expert(self, name: str, expert: int) -> torch.Tensor:
+        return self.checkpoint.read_expert(name, expert, self.device)
+
     def _pass(self, ids: torch.Tensor, given: torch.Tensor, mask: torch.Tensor | None) -> Any:
         """Runs the class's forward until a slot has what is wanted."""
         self._given.value = given
@@ -276,8 +279,8 @@ class StreamedModel:
         """Puts the streamed experts in the place of the layer's own."""
         spec, particular = self.spec.layers[index], self._particular
         places = expert_places(spec.kind, particular.transposed)
-        decoded = self.checkpoint.quantization is not None
-        weights = load_experts(places, spec.prefix, self.spec.num_experts, self._read, decoded)
+        one = None if self.checkpoint.quantization is None else self._read_expert
+        weights = load_experts(places, spec.prefix, self.spec.num_experts, self._read, one)
         path, replaced = find_experts(module, self.spec.num_experts)
         scale = 1.0
         if particular.scaled_after:
