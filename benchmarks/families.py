@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -77,6 +78,18 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# What is published around a text config that the catalogue has alone, and what is read differently in there.
+FLAT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "MiniMaxAI/MiniMax-M3": ({"model_type": "minimax_m3_vl"}, {"model_type": "minimax_m3_vl_text"}),
+    "stepfun-ai/Step-3.7-Flash": (
+        {"model_type": "step3p7"},
+        {
+            "model_type": "step3p5",
+            "attention_other_setting": {"num_attention_heads": 96, "num_attention_groups": 8, "head_dim": 128},
+        },
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -111,7 +124,10 @@ HEADER = (
 
 def published(name: str) -> dict[str, Any]:
     """The config.json of the model, without a quantization: both sides take 16-bit weights."""
-    config = dict(OTHERS[name] if name in OTHERS else known.config(name))
+    config = deepcopy(OTHERS[name] if name in OTHERS else known.config(name))
+    if name in FLAT:  # the catalogue's copy is the text model's part
+        outer, inner = FLAT[name]
+        config = {**outer, "text_config": {**config, **inner}}
     for part in (config, config.get("text_config") or {}):
         part.pop("quantization_config", None)
     return config
@@ -150,12 +166,9 @@ def plain_decoder(checkpoint: Checkpoint) -> tuple[Any, Any]:
     return model.eval(), decoder
 
 
-def implementations(model: Any, spec: ModelSpec) -> list[str]:
+def implementations(decoder: Any, spec: ModelSpec) -> list[str]:
     """transformers' implementations of experts that are tried; its own way alone where the class has no choice."""
-    if not model._can_set_experts_implementation() and not any(
-        hasattr(module, "_can_set_experts_implementation") and module._can_set_experts_implementation()
-        for module in model.modules()
-    ):
+    if not decoder._can_set_experts_implementation():
         return ["its own"]
     pairs = min(SEQUENCES * LENGTH, TOKENS_PER_BATCH) * spec.top_k
     copies = 4 * pairs * 2 * spec.hidden_size * spec.expert_intermediate_size
@@ -181,7 +194,7 @@ def measure(name: str, root: Path, seed: int) -> Row:
 
     def plain(how: str) -> None:
         if how in IMPLEMENTATIONS:
-            model.set_experts_implementation(how)
+            decoder.set_experts_implementation(how)
         with torch.inference_mode():
             for batch in batches:
                 decoder(input_ids=batch, use_cache=False)
@@ -190,7 +203,7 @@ def measure(name: str, root: Path, seed: int) -> Row:
         observe(checkpoint, tokens, root / "work", Silent(), moments=moments)
 
     first = {}
-    for how in implementations(model, spec):  # the warm-up
+    for how in implementations(decoder, spec):  # the warm-up
         try:
             first[how] = timed(partial(plain, how))
         except (RuntimeError, NotImplementedError, ValueError) as error:
