@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -78,6 +79,24 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# What is published around a text config that the catalogue has alone, and what transformers reads by another name in
+# there (None: not at all). Step's tower is small from the start: transformers' own is of 1.8 billion parameters.
+FLAT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "MiniMaxAI/MiniMax-M3": ({"model_type": "minimax_m3_vl"}, {"model_type": "minimax_m3_vl_text"}),
+    "stepfun-ai/Step-3.7-Flash": (
+        {
+            "model_type": "step3p7",
+            "vision_config": {"width": 32, "layers": 2, "heads": 2, "patch_size": 4, "image_size": 16},
+        },
+        {
+            "model_type": "step3p5",
+            "num_experts": None,
+            "n_routed_experts": 288,
+            "attention_other_setting": {"num_attention_heads": 96, "num_attention_groups": 8, "head_dim": 128},
+        },
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -114,7 +133,11 @@ HEADER = (
 
 def published(name: str) -> dict[str, Any]:
     """The config.json of the model, without a quantization: both sides take 16-bit weights."""
-    config = dict(OTHERS[name] if name in OTHERS else known.config(name))
+    config = deepcopy(OTHERS[name] if name in OTHERS else known.config(name))
+    if name in FLAT:  # the catalogue's copy is the text model's part
+        outer, inner = FLAT[name]
+        text = {key: value for key, value in {**config, **inner}.items() if value is not None}
+        config = {**outer, "text_config": text}
     for part in (config, config.get("text_config") or {}):
         part.pop("quantization_config", None)
     return config
@@ -123,7 +146,7 @@ def published(name: str) -> dict[str, Any]:
 @contextmanager
 def wider() -> Iterator[None]:
     """Sizes for timing in the place of those for a rehearsal."""
-    with patch.multiple(keys, **SIZES):
+    with patch.dict(vars(keys), SIZES):
         yield
 
 
@@ -138,9 +161,13 @@ def write_model(name: str, folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def plain_decoder(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """transformers' model of the checkpoint in fp32, and its decoder, with every weight of it loaded."""
+def plain_decoder(checkpoint: Checkpoint) -> Any:
+    """The decoder of transformers' model of the checkpoint in fp32, with every weight of it loaded."""
     config = make_config(checkpoint)
+    with torch.device("meta"):  # a key that the class does not read would have it as large as published
+        size = sum(p.numel() for p in _auto(config).from_config(config).get_decoder().parameters())
+    if size > 1.1 * checkpoint.spec.parameters:
+        raise RuntimeError(f"transformers makes {size:,} parameters of it, not {checkpoint.spec.parameters:,}")
     loaded = _auto(config).from_pretrained(
         checkpoint.folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
     )
@@ -150,15 +177,12 @@ def plain_decoder(checkpoint: Checkpoint) -> tuple[Any, Any]:
     lost = [name for name in said["missing_keys"] if name.startswith(f"{path}.") and "vision" not in name]
     if lost:
         raise RuntimeError(f"transformers did not find {', '.join(lost[:3])}")
-    return model.eval(), decoder
+    return decoder.eval()
 
 
-def implementations(model: Any, spec: ModelSpec) -> list[str]:
+def implementations(decoder: Any, spec: ModelSpec) -> list[str]:
     """transformers' implementations of experts that are tried; its own way alone where the class has no choice."""
-    if not model._can_set_experts_implementation() and not any(
-        hasattr(module, "_can_set_experts_implementation") and module._can_set_experts_implementation()
-        for module in model.modules()
-    ):
+    if not decoder._can_set_experts_implementation():
         return ["its own"]
     pairs = min(SEQUENCES * LENGTH, TOKENS_PER_BATCH) * spec.top_k
     copies = 4 * pairs * 2 * spec.hidden_size * spec.expert_intermediate_size
@@ -179,12 +203,12 @@ def measure(name: str, root: Path, seed: int) -> Row:
     spec = checkpoint.spec
     ids = np.random.default_rng(seed).integers(3, spec.vocab_size - 64, (SEQUENCES, LENGTH)).astype(np.int32)
     tokens = Tokens(ids, np.ones(ids.shape, bool), np.zeros(SEQUENCES, np.int32))
-    model, decoder = plain_decoder(checkpoint)
+    decoder = plain_decoder(checkpoint)
     batches = [torch.from_numpy(ids[rows].astype(np.int64)) for rows in tokens.batches(TOKENS_PER_BATCH)]
 
     def plain(how: str) -> None:
         if how in IMPLEMENTATIONS:
-            model.set_experts_implementation(how)
+            decoder.set_experts_implementation(how)
         with torch.inference_mode():
             for batch in batches:
                 decoder(input_ids=batch, use_cache=False)
@@ -193,7 +217,7 @@ def measure(name: str, root: Path, seed: int) -> Row:
         observe(checkpoint, tokens, root / "work", Silent(), moments=moments)
 
     first = {}
-    for how in implementations(model, spec):  # the warm-up
+    for how in implementations(decoder, spec):  # the warm-up
         try:
             first[how] = timed(partial(plain, how))
         except (RuntimeError, NotImplementedError, ValueError) as error:
