@@ -44,7 +44,7 @@ from reapc.rehearse.checkpoint import write_checkpoint
 from reapc.rehearse.shrink import Vocabulary, shrink
 from reapc.stream.families import SUPPORTED
 from reapc.stream.run import TOKENS_PER_BATCH
-from reapc.stream.skeleton import _auto, make_config
+from reapc.stream.skeleton import auto_class, make_config
 from reapc.stream.tokens import Tokens
 
 LIMIT = 1.5
@@ -165,10 +165,10 @@ def plain_decoder(checkpoint: Checkpoint) -> Any:
     """The decoder of transformers' model of the checkpoint in fp32, with every weight of it loaded."""
     config = make_config(checkpoint)
     with torch.device("meta"):  # a key that the class does not read would have it as large as published
-        size = sum(p.numel() for p in _auto(config).from_config(config).get_decoder().parameters())
+        size = sum(p.numel() for p in auto_class(config).from_config(config).get_decoder().parameters())
     if size > 1.1 * checkpoint.spec.parameters:
         raise RuntimeError(f"transformers makes {size:,} parameters of it, not {checkpoint.spec.parameters:,}")
-    loaded = _auto(config).from_pretrained(
+    loaded = auto_class(config).from_pretrained(
         checkpoint.folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
     )
     model, said = loaded

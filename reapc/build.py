@@ -163,7 +163,7 @@ class Build:
         fmt = weights.parse(chosen.format)
         if fmt is None or not fmt.quantized:
             return {}
-        writer = quantizer.writer_for(fmt, self.recipe.quantize.writer)
+        writer = quantizer.writer_for(fmt, self.recipe.quantize.writer, checkpoint.spec)
         versions = quantizer.versions(writer)
         room = available_ram(Host(), [])
         quantizer.require_memory(checkpoint.spec.with_experts(chosen.experts_kept), writer, room)

@@ -27,7 +27,7 @@ from reapc.prune.rewrite import prune
 from reapc.quantize.gguf import lacks_mtp
 from reapc.stream import StreamedModel
 from reapc.stream.experts import find_experts
-from reapc.stream.skeleton import _auto, make_config
+from reapc.stream.skeleton import auto_class, make_config
 from reapc.stream.tokens import Tokens
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "model"
@@ -174,7 +174,8 @@ def reload(folder: Path) -> tuple[Any, dict[str, Any]]:
     config = make_config(checkpoint)
     if checkpoint.spec.family == "kimi_k25":  # transformers does not read the published names of the tower's keys
         config = mla_models.transformers_config(checkpoint.config)
-    model, said = _auto(config).from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+    auto = auto_class(config)
+    model, said = auto.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
     return model.eval(), said
 
 

@@ -75,17 +75,11 @@ def make(name: str, folder: Path, seed: int = 0) -> Any:
     if config["model_type"] == "qwen3_vl_moe":
         tensors = {k: v.transpose(1, 2) if ".experts." in k else v for k, v in tensors.items()}
     if name == "qwen35moe":
-        tensors = fuse_experts(tensors, config["text_config"]["num_experts"])
+        tensors = hybrid_models.fuse_experts(tensors, config["text_config"]["num_experts"])
     if name == "kimi-linear":  # transformers renames the dense layer's MLP too when it saves; the real one has mlp
         tensors = {key.replace("layers.0.block_sparse_moe", "layers.0.mlp"): value for key, value in tensors.items()}
     if name == "deepseek_v4":
-        for old, new in (
-            ("model.", ""),
-            ("embed_tokens", "embed"),
-            ("hc_head.hc_", "hc_head_"),
-            (".attn.norm.", ".attn.kv_norm."),
-        ):
-            tensors = {key.replace(old, new): value for key, value in tensors.items()}
+        tensors = sliding_models.mended(tensors)
     spec = model_spec(config)
     wide = {
         t.name: g.dtype
@@ -104,16 +98,3 @@ def make(name: str, folder: Path, seed: int = 0) -> Any:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": both}))
     (folder / "config.json").write_text(json.dumps(config))
     return model.eval()
-
-
-def fuse_experts(tensors: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
-    """Experts as Qwen3.5 publishes them: transformers saves them one by one."""
-    tensors = dict(tensors)
-    for prefix in {key.split(".experts.")[0] for key in tensors if ".experts." in key}:
-        gate, up, down = (
-            torch.stack([tensors.pop(f"{prefix}.experts.{e}.{n}_proj.weight") for e in range(count)])
-            for n in ("gate", "up", "down")
-        )
-        tensors[f"{prefix}.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
-        tensors[f"{prefix}.experts.down_proj"] = down
-    return tensors

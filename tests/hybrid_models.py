@@ -174,3 +174,18 @@ TINY: dict[str, tuple[dict[str, Any], Shapes]] = {
     "kimi-k3": (KIMI3, k3_tensors()),
     "nemotron_h_moe": (NEMOTRON, shapes(NEMOTRON_MTP, e=8)),
 }
+
+
+def fuse_experts(tensors: dict[str, Any], count: int) -> dict[str, Any]:
+    """Experts as Qwen3.5 publishes them: transformers saves them one by one."""
+    import torch
+
+    tensors = dict(tensors)
+    for prefix in {key.split(".experts.")[0] for key in tensors if ".experts." in key}:
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{prefix}.experts.{e}.{n}_proj.weight") for e in range(count)])
+            for n in ("gate", "up", "down")
+        )
+        tensors[f"{prefix}.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        tensors[f"{prefix}.experts.down_proj"] = down
+    return tensors

@@ -126,3 +126,12 @@ def published(name: str) -> dict[str, Any]:
     if name == "MiniMax-M3":
         return {"model_type": "minimax_m3_vl", "text_config": {**config, "model_type": "minimax_m3_vl_text"}}
     return config
+
+
+def mended(tensors: dict[str, Any]) -> dict[str, Any]:
+    """DeepSeek-V4's tensors under four names that transformers 5.23 reads as published and saves otherwise; the headers
+    of V4-Pro have them so."""
+    pairs = {"model.": "", "embed_tokens": "embed", "hc_head.hc_": "hc_head_", ".attn.norm.": ".attn.kv_norm."}
+    for old, new in pairs.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    return tensors

@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from hybrid_models import KIMI3, LINEAR, NEMOTRON, NEXT, QWEN5, TINY, Shapes
+from hybrid_models import KIMI3, LINEAR, NEMOTRON, NEXT, QWEN5, TINY, Shapes, fuse_experts
 from safetensors.torch import load_file, save_file
 from specs import changed
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
@@ -168,18 +168,6 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for file_name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(DEMO / file_name, folder)
     return name, folder, main or extra
-
-
-def fuse_experts(tensors: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
-    """Experts as Qwen publishes them: transformers saves them one by one."""
-    for prefix in {key.split(".experts.")[0] for key in tensors if ".experts." in key}:
-        gate, up, down = (
-            torch.stack([tensors.pop(f"{prefix}.experts.{e}.{n}_proj.weight") for e in range(count)])
-            for n in ("gate", "up", "down")
-        )
-        tensors[f"{prefix}.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
-        tensors[f"{prefix}.experts.down_proj"] = down
-    return tensors
 
 
 def test_tensors_on_disk(tiny: tuple[str, Path, Shapes]) -> None:

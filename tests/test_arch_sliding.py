@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from gqa_models import convert, gguf_shapes
 from mla_models import header, mtp_tensors
-from sliding_models import CONVERTERS_OWN, NAMES, OWN, SMALL, TINY, V4, published, spec_of, transformers_model
+from sliding_models import CONVERTERS_OWN, NAMES, OWN, SMALL, TINY, V4, mended, published, spec_of, transformers_model
 
 from reapc.arch.config import model_spec
 from reapc.arch.spec import ModelSpec, TensorGroup
@@ -146,27 +146,16 @@ def test_types_that_differ_from_the_models(name: str) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny models as transformers saves them, under the published config."""
     import torch
+    from safetensors.torch import load_file, save_file
 
     folders = {}
     for name, config in TINY.items():
         folders[name] = tmp_path_factory.mktemp(config["model_type"])
         model = transformers_model({**config, **OWN.get(name, {})}).to(torch.bfloat16)
         model.save_pretrained(folders[name])
-    _mend_names(folders["deepseek_v4"] / "model.safetensors")
+    path = folders["deepseek_v4"] / "model.safetensors"
+    save_file(mended(load_file(path)), path, metadata={"format": "pt"})
     return folders
-
-
-def _mend_names(path: Path) -> None:
-    """Four names that transformers 5.23 reads as published and saves otherwise; the headers of V4-Pro have them so."""
-    from safetensors.torch import load_file, save_file
-
-    pairs = {"model.": "", "embed_tokens": "embed", "hc_head.hc_": "hc_head_", ".attn.norm.": ".attn.kv_norm."}
-    mended = {}
-    for name, tensor in load_file(path).items():
-        for old, new in pairs.items():
-            name = name.replace(old, new)
-        mended[name] = tensor
-    save_file(mended, path, metadata={"format": "pt"})
 
 
 def _is_vision(name: str) -> bool:

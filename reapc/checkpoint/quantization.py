@@ -237,9 +237,14 @@ class Quantization:
         return packing
 
 
+def quantization_config(config: Mapping[str, Any]) -> Any:
+    """What a config.json states as its quantization, beside or inside ``text_config``; None where it states none."""
+    return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or None
+
+
 def quantization_of(config: Mapping[str, Any], where: str) -> Quantization | None:
-    """The quantization that a config.json states (beside or inside ``text_config``); None where it states none."""
-    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    """The quantization that a config.json states; None where it states none."""
+    found = quantization_config(config)
     if not found:
         return None
     if not isinstance(found, dict):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from reapc.arch import ModelSpec, TensorSpec, load_config, model_spec
 from reapc.checkpoint.packing import Packing
-from reapc.checkpoint.quantization import quantization_of
+from reapc.checkpoint.quantization import quantization_config, quantization_of
 from reapc.checkpoint.shards import INDEX, Shards
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.formats.layout import linear_modules, tensors_of
@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 _SAMPLE = 1 << 20
 _SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _NAMED = 3  # of several tensors that are wrong, how many a message names
-
-
-def quantization_config(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The config's own ``quantization_config``, beside or inside ``text_config``; None where it states none."""
-    return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or None
 
 
 class PackedLinear(NamedTuple):

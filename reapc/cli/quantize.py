@@ -136,7 +136,7 @@ def _to_checkpoint(
     refuse_quantized(checkpoint.config, folder)
     if reason := weights.misfit(fmt, checkpoint.spec):
         raise ReapcError(f"{folder}: {fmt.name}: {reason}", hint=weights.dividing_groups(fmt, checkpoint.spec))
-    writer = quantizer.writer_for(fmt, method)
+    writer = quantizer.writer_for(fmt, method, checkpoint.spec)
     if iters is not None and writer.tool != "auto-round":
         raise ReapcError(f"--iters is AutoRound's, and {writer.tool} writes {fmt.name}")
     quantizer.versions(writer)

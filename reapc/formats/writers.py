@@ -47,8 +47,10 @@ def unable(tool: Tool, spec: ModelSpec) -> str | None:
     if any(g.role == "expert" and g.linears and g.expert_axis is not None for kind in kinds for g in kind.tensors):
         return "the model keeps the experts of a layer in one tensor, and this version quantizes them one by one"
     if tool == "auto-round" and any(k.recurrent_elements for k in kinds) and any(k.cache for k in kinds):
-        # seen with Qwen3-Next: a mask of one kind reaches a layer of the other
-        return "AutoRound 0.16 fails on models that mix linear with full attention"
+        return (
+            "AutoRound 0.16 gives every layer the attention mask of the first, which fails where linear and full "
+            "attention are mixed (seen with Qwen3-Next)"
+        )
     return None
 
 

@@ -227,10 +227,15 @@ def _recipe_pairs(recipe: Recipe, spec: ModelSpec, buildable: bool) -> tuple[tup
             raise CannotBeDone(
                 f"this version of reapc cannot write {pairs[0][1]}: "
                 f"{writers.why_not(fmt, spec) if fmt else 'no writer'}",
-                hint='quantize.method = "auto_round" or "gguf" quantizes to formats that it can; "none" keeps bf16',
+                hint=f'quantize.method = {_written_by(spec)} quantizes to formats that it can; "none" keeps bf16',
             )
         return ours
     return pairs
+
+
+def _written_by(spec: ModelSpec) -> str:
+    """The general methods that can write such a model."""
+    return '"gguf"' if writers.unable("auto-round", spec) else '"auto_round" or "gguf"'
 
 
 def _named_pairs(recipe: Recipe, spec: ModelSpec) -> tuple[tuple[EngineName, str], ...]:

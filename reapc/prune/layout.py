@@ -6,10 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from reapc.arch.spec import LayerSpec, TensorGroup
-from reapc.checkpoint.reader import Checkpoint, quantization_config, several
+from reapc.arch.spec import LayerSpec, TensorGroup, TensorSpec
+from reapc.checkpoint.quantization import quantization_config
+from reapc.checkpoint.reader import Checkpoint, several
 from reapc.checkpoint.safetensors_file import DTYPE_BYTES, TensorEntry
 from reapc.errors import CannotBeDone, ReapcError
+from reapc.formats.layout import linear_modules
 from reapc.prune.names import Names, is_complete, known_parts, moe_layers
 
 
@@ -89,21 +91,16 @@ def _problems(checkpoint: Checkpoint, layer: LayerSpec, present: dict[str, set[s
                 continue
             if entry is not None:
                 yield f"tensor {tensor.name!r} has shape {list(entry.shape)}, config.json implies {list(tensor.shape)}"
-            elif not (quantized and _is_packed(checkpoint, group, tensor.name, present)):
+            elif not (quantized and _is_packed(checkpoint, group, tensor, present)):
                 yield f"tensor {tensor.name!r} is missing ({list(tensor.shape)} expected)"
 
 
-def _is_packed(checkpoint: Checkpoint, group: TensorGroup, name: str, present: dict[str, set[str]]) -> bool:
+def _is_packed(checkpoint: Checkpoint, group: TensorGroup, tensor: TensorSpec, present: dict[str, set[str]]) -> bool:
     """Whether the linears of a tensor are there in parts."""
-    module = name.removesuffix(".weight")
-    if group.expert_axis is None:
-        return is_complete(present.get(module, ()))
-    if f"{name}_blocks" in checkpoint.entries:
-        return f"{name}_scales" in checkpoint.entries
-    path, _, last = module.rpartition(".")
-    ends = ("gate_proj", "up_proj") if len(group.linears) == 2 else (last,)
-    modules = (f"{path}.{e}.{end}" for e in range(checkpoint.spec.num_experts) for end in ends)
-    return all(is_complete(present.get(each, ())) for each in modules)
+    if f"{tensor.name}_blocks" in checkpoint.entries:
+        return f"{tensor.name}_scales" in checkpoint.entries
+    modules = linear_modules(tensor, group, checkpoint.spec.num_experts)
+    return all(is_complete(present.get(module, ())) for module, _ in modules)
 
 
 def _check_strangers(checkpoint: Checkpoint, names: Names, mtp: bool) -> None:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from reapc.arch import ModelSpec
 from reapc.checkpoint.atomic import atomic_path, partial_of, require_room
-from reapc.checkpoint.reader import INDEX, Checkpoint, quantization_config
+from reapc.checkpoint.quantization import quantization_config
+from reapc.checkpoint.reader import INDEX, Checkpoint
 from reapc.checkpoint.safetensors_file import OutTensor, TensorEntry, write_copied
 from reapc.checkpoint.side_files import copy_side_files
 from reapc.checkpoint.streamed_writer import write_index

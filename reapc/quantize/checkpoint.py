@@ -22,12 +22,13 @@ PACKAGES: dict[Tool, tuple[str, ...]] = {
 DEFAULT_ITERS = 200  # AutoRound's own
 
 
-def writer_for(fmt: WeightFormat, method: str = "auto") -> Writer:
-    """Who writes ``fmt`` for a recipe's quantize.method; ReapcError where nobody does."""
-    found = writer(fmt, method)
+def writer_for(fmt: WeightFormat, method: str = "auto", spec: ModelSpec | None = None) -> Writer:
+    """Who writes ``fmt`` for a recipe's quantize.method (and of this model); ReapcError where nobody does."""
+    found = writer(fmt, method, spec)
     if found is None:
+        reason = why_not(fmt, spec) or f"quantize.method = {method!r} writes other formats"
         raise ReapcError(
-            f"{fmt.name} cannot be written: {why_not(fmt) or f'quantize.method = {method!r} writes other formats'}",
+            f"{fmt.name} cannot be written: {reason}",
             hint="`reapc formats` lists what can",
         )
     return found

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from reapc.checkpoint.quantization import quantization_config
 from reapc.errors import ReapcError
 
 
 def refuse_quantized(config: dict[str, Any], where: Path) -> None:
     """ReapcError when the checkpoint is quantized already: rounding twice loses more than either bit width says."""
-    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    found = quantization_config(config)
     if not found:
         return
     bits = f", {found['bits']} bits" if "bits" in found else ""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from copy import deepcopy
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +15,7 @@ from reapc.formats import weights
 from reapc.formats.layout import SAFETENSORS, tensors_of
 from reapc.progress import Progress
 from reapc.rehearse.shrink import Shrunk
+from reapc.stream.families import text_config
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ def write_checkpoint(shrunk: Shrunk, folder: Path, progress: Progress, towers: b
                 shutil.copyfile(path, plain / path.name)
     config = shrunk.config
     (plain / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    text = config.get("text_config") or config
+    text = text_config(config)
     ids = {key: value for key in ("bos_token_id", "eos_token_id", "pad_token_id") if (value := text.get(key))}
     (plain / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
     dtype = SAFETENSORS.get(shrunk.spec.dtype, "BF16")
@@ -150,7 +150,7 @@ def vision_shapes(config: dict[str, Any], spec: ModelSpec) -> dict[str, tuple[in
     finally:
         theirs.set_verbosity(before)
     ours = _outside_text(shapes)
-    found = sum(_size(shape) for shape in ours.values())
+    found = sum(prod(shape) for shape in ours.values())
     return ours if found == spec.vision_parameters else {}
 
 
@@ -159,10 +159,3 @@ def _outside_text(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ..
     return {
         name: shape for name, shape in shapes.items() if "language_model" not in name and not name.startswith("lm_head")
     }
-
-
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size

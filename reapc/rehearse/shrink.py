@@ -13,6 +13,7 @@ from reapc.arch import ModelSpec, model_spec
 from reapc.arch.spec import LayerKind, TensorGroup
 from reapc.errors import CannotBeDone
 from reapc.rehearse import keys
+from reapc.stream.families import text_config
 
 
 @dataclass(frozen=True)
@@ -156,15 +157,10 @@ def _choices(real: ModelSpec, config: dict[str, Any]) -> list[list[int]]:
         if all(kind in kinds[:n] for kind in kinds) and sum(kind.is_moe for kind in kinds[:n]) >= needed
     )
     whole = list(range(end))
-    leading = _text(config).get("first_k_dense_replace")
+    leading = text_config(config).get("first_k_dense_replace")
     if isinstance(leading, int) and 1 < leading <= end and all(kind == kinds[0] for kind in kinds[:leading]):
         return [[0, *whole[leading:]], whole]
     return [whole]
-
-
-def _text(config: dict[str, Any]) -> dict[str, Any]:
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
 
 
 def _source_format(config: dict[str, Any], real: ModelSpec) -> tuple[dict[str, Any] | None, list[str]]:
@@ -174,7 +170,7 @@ def _source_format(config: dict[str, Any], real: ModelSpec) -> tuple[dict[str, A
     block = found.get("weight_block_size")
     if not found:
         return None, []
-    if method == "fp8" and block == [128, 128] and "expert_dtype" not in _text(config):
+    if method == "fp8" and block == [128, 128] and "expert_dtype" not in text_config(config):
         return found, []
     packed = f"{method}, experts in {config['expert_dtype']}" if config.get("expert_dtype") else str(method)
     return None, [f"the source is published quantized ({packed}); {real.dtype} stands for it here"]
@@ -184,7 +180,7 @@ def _shrunk_config(
     config: dict[str, Any], real: ModelSpec, layers: Sequence[int], experts: int, top_k: int, vocabulary: Vocabulary
 ) -> dict[str, Any]:
     tiny = {key: deepcopy(value) for key, value in config.items() if key[0] != "_"}
-    text = _text(tiny)
+    text = text_config(tiny)
     hidden = _hidden(text, real)
     _shrink_keys(text, real, layers, hidden)
     for section in keys.SECTIONS:

@@ -73,8 +73,8 @@ def check_family(spec: ModelSpec, where: str) -> None:
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config.json that speaks of the language model."""
-    found: dict[str, Any] = config.get("text_config", config)
-    return found
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
 
 
 # How scores become gate weights, by the key that says so; transformers' classes have one way each but for V2's.

@@ -29,7 +29,7 @@ class Skeleton:
         self._where = str(checkpoint.folder)
         self.config = make_config(checkpoint)
         with torch.device("meta"):
-            self.model = _auto(self.config).from_config(self.config, dtype=dtype).eval()
+            self.model = auto_class(self.config).from_config(self.config, dtype=dtype).eval()
         body = self.model.get_decoder()
         self.body: Any = body if hasattr(body, "layers") else body.model
         self.text = self.body.config
@@ -148,7 +148,8 @@ def _own_keys(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _auto(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
+    """transformers' auto class of the whole model, its vision tower included."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
