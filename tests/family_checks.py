@@ -84,8 +84,16 @@ class RoutedSum:
         self.total: torch.Tensor | float = 0.0
         self.pairs = 0
 
+    def batch(self, rows: slice, length: int, mask: torch.Tensor | None) -> None: ...
+
     def routed(
-        self, expert: int, inputs: torch.Tensor, activated: torch.Tensor, outputs: torch.Tensor, gate: torch.Tensor
+        self,
+        expert: int,
+        inputs: torch.Tensor,
+        activated: torch.Tensor,
+        outputs: torch.Tensor,
+        gate: torch.Tensor,
+        tokens: torch.Tensor,
     ) -> None:
         self.total = self.total + (outputs.double() * gate.double()[:, None]).sum(0)
         self.pairs += len(gate)

@@ -94,7 +94,7 @@ def test_recorded_gate_weight_is_the_coefficient_of_the_model(tmp_path: Path, se
         def __init__(self, hidden: torch.Tensor) -> None:
             self.hidden, self.total, self.pairs = hidden, torch.zeros_like(hidden), 0
 
-        def routed(self, expert, inputs, activated, outputs, gate) -> None:
+        def routed(self, expert, inputs, activated, outputs, gate, tokens) -> None:
             rows = torch.cdist(inputs, self.hidden).argmin(1)
             torch.testing.assert_close(inputs, self.hidden[rows], rtol=1e-4, atol=1e-4)
             self.total.index_add_(0, rows, outputs * gate[:, None])

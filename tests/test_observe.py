@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import ReapcError
 from reapc.observe import observe as observe_module
+from reapc.observe.combine import merge, mix
 from reapc.observe.observe import observe
-from reapc.observe.scores import load_scores, merge
+from reapc.observe.scores import load_scores
 from reapc.progress import Silent
 from reapc.stream import run as run_module
 from reapc.stream.tokens import Tokens
@@ -75,9 +76,9 @@ def test_scores_match_reference(tiny: Path, tmp_path: Path, sequences: int, padd
     routing, moments = reference(tiny, tokens)
     assert routing
     for name, expected in routing.items():
-        np.testing.assert_allclose(scores.arrays[name], expected, rtol=1e-5, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(scores.total(name), expected, rtol=1e-5, atol=1e-9, err_msg=name)
     for name, expected in moments.items():
-        np.testing.assert_allclose(scores.arrays[f"second_moment.{name}"], expected, rtol=1e-4, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(scores.total(f"second_moment.{name}"), expected, rtol=1e-4, atol=1e-7, err_msg=name)
     layer = scores.layer(0)
     count = routing["layers.0.routed_tokens"]
     expected = routing["layers.0.gate_norm_sum"] / np.maximum(count, 1)
@@ -142,8 +143,8 @@ def test_save_load_merge(tiny: Path, tmp_path: Path) -> None:
         part.save(tmp_path / f"{i}.safetensors")
     merged = merge([load_scores(tmp_path / f"{i}.safetensors") for i in range(2)])
     assert merged.header["tokens"] == 64
-    for name, values in whole.arrays.items():
-        np.testing.assert_allclose(merged.arrays[name], values, rtol=1e-5, atol=1e-9, err_msg=name)
+    for name in whole.arrays:
+        np.testing.assert_allclose(merged.total(name), whole.total(name), rtol=1e-5, atol=1e-9, err_msg=name)
     other = make_model(tmp_path / "other", seed=1)
     with pytest.raises(ReapcError, match="do not belong together"):
         merge([whole, observe(Checkpoint(other), tokens, tmp_path / "w", Silent())])

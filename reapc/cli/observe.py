@@ -10,6 +10,13 @@ import click
 from reapc.errors import ReapcError
 
 
+def _shard(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise ReapcError(f"--shard {text!r}: K/N with K from 1 to N is expected, as in 2/8")
+    return int(index), int(count)
+
+
 @click.command("observe")
 @click.argument("model")
 @click.option("--revision", help="Revision of a hub model.")
@@ -26,6 +33,9 @@ from reapc.errors import ReapcError
     help="Of the computation; auto: float32 on a CPU, the model's own on a GPU.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The scores file to write.")
+@click.option(
+    "--shard", metavar="K/N", help="Only the K-th of N runs of whole batches; `reapc scores merge` adds them up."
+)
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for hidden states; kept when interrupted.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary.")
 def command(
@@ -39,6 +49,7 @@ def command(
     device: str,
     dtype: str,
     out: Path,
+    shard: str | None,
     work: Path | None,
     as_json: bool,
 ) -> None:
@@ -49,6 +60,7 @@ def command(
         raise ReapcError(f"{out}: exists already", hint="remove it or choose another name")
     if tokens is not None and data != "auto":
         raise ReapcError("--data and --tokens are both given", hint="remove one of them")
+    part = _shard(shard) if shard else None
     folder = fetch(model, revision, Path("."))
     from reapc.checkpoint.reader import Checkpoint
     from reapc.cli.progress import make_progress
@@ -72,8 +84,10 @@ def command(
         device=device,
         dtype=torch_dtype,
         model_name=model,
+        revision=revision,
+        shard=part,
+        out=out,
     )
-    scores.save(out)
     never = scores.never_routed()
     if as_json:
         summary = {"scores": str(out), "tokens": scores.header["tokens"], "layers": scores.layers}

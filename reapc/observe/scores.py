@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,31 +12,83 @@ import numpy as np
 
 from reapc.checkpoint.atomic import atomic_path
 from reapc.errors import ReapcError
-from reapc.observe.accumulate import ROUTING
+from reapc.observe.accumulate import PARTS, ROUTING
 
-FORMAT = "1"
+FORMAT = "2"
+_READ = ("1", "2")  # 1: one domain, one part, no axes for them
+
+
+class LazyArrays(Mapping[str, np.ndarray]):
+    """Arrays by name that are read or computed when they are asked for: second moments can exceed the memory."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]) -> None:
+        self.shapes = shapes
+        self._read = read
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _own_axes(name: str) -> int:
+    """How many axes an array has beside those of domains and parts."""
+    return 2 if name.startswith("second_moment.") and ".experts." in name else 1
+
+
+def is_maximum(name: str) -> bool:
+    """Whether observations of this name combine as the larger one, not as a sum."""
+    return name.endswith(".max_activation")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """``arrays`` by name (see ``LayerSums.arrays``); ``header``: model, digest, num_experts, top_k, layers,
-    tokens, calibration, dtype."""
+    """``arrays`` by name (see ``LayerSums``): routing sums ``layers.N.NAME`` (domains, parts, experts),
+    ``second_moment.`` (domains, experts, in) of experts and (domains, in) of others, ``second_moment_count.``
+    (domains, 1). ``header``: model, digest, router_digest, num_experts, top_k, layers, tokens, calibration, dtype,
+    domains (names), parts (real tokens by domain and part), shards."""
 
     header: dict[str, Any]
-    arrays: dict[str, np.ndarray]
+    arrays: Mapping[str, np.ndarray]
 
     @property
     def layers(self) -> list[int]:
         """The decoder layers that have experts."""
         return [int(i) for i in self.header["layers"]]
 
+    @property
+    def domains(self) -> list[str]:
+        return [str(name) for name in self.header.get("domains", ["all"])]
+
+    @property
+    def domain_tokens(self) -> np.ndarray:
+        """(domains,) real tokens of each."""
+        parts = self.header.get("parts")
+        return np.asarray(parts, np.float64).sum(axis=1) if parts else np.array([float(self.header["tokens"])])
+
+    def routing(self, layer: int, name: str) -> np.ndarray:
+        """(domains, parts, experts)"""
+        values = self.arrays[f"layers.{layer}.{name}"]
+        return values if values.ndim == 3 else values[None, None]
+
+    def total(self, name: str) -> np.ndarray:
+        """The array of all domains and parts together, without their axes; KeyError where there is none."""
+        values = self.arrays[name]
+        axes = tuple(range(values.ndim - _own_axes(name)))
+        combined: np.ndarray = values.max(axis=axes) if is_maximum(name) else values.sum(axis=axes)
+        return combined
+
     def layer(self, index: int) -> dict[str, np.ndarray]:
         """Routing sums of one layer, each (experts,), with the means ``reap`` and ``ean``.
 
         An expert that was never routed to has 0 in every one of them."""
-        sums = {name: self.arrays[f"layers.{index}.{name}"] for name in ROUTING}
-        count = np.maximum(sums["routed_tokens"], 1)
-        return sums | {"reap": sums["gate_norm_sum"] / count, "ean": sums["norm_sum"] / count}
+        return with_means({name: self.total(f"layers.{index}.{name}") for name in ROUTING})
 
     def never_routed(self) -> dict[int, list[int]]:
         """Experts without a single token, by layer."""
@@ -43,57 +96,67 @@ class Scores:
         return {i: experts for i, experts in found.items() if experts}
 
     def save(self, path: Path) -> None:
-        """Writes the file atomically."""
-        from safetensors.numpy import save_file
+        """Writes the file atomically, an array at a time."""
+        import torch
 
+        from reapc.checkpoint.streamed_writer import Slot, write_streamed
+
+        lazy = self.arrays.shapes if isinstance(self.arrays, LazyArrays) else None
+        shapes = lazy or {name: values.shape for name, values in self.arrays.items()}
+        slots = [Slot(name, "F64", tuple(shape)) for name, shape in shapes.items()]
+        tensors = (torch.from_numpy(np.ascontiguousarray(self.arrays[name], np.float64)) for name in shapes)
         with atomic_path(path) as partial:
-            save_file(self.arrays, partial, metadata={"reapc_scores": FORMAT, "header": json.dumps(self.header)})
+            write_streamed(partial, slots, tensors, metadata_of(self.header))
 
     def to_json(self) -> dict[str, Any]:
         """What ``reapc scores show --json`` prints."""
-        names = ("routed_tokens", "gate_sum", "norm_sum", "gate_norm_sum", "gate_norm_sq_sum", "max_activation")
         layers = {}
         for index in self.layers:
             layer = self.layer(index)
-            layers[str(index)] = {name: layer[name].tolist() for name in (*names, "reap", "ean")}
+            layers[str(index)] = {name: layer[name].tolist() for name in (*ROUTING, "reap", "ean")}
             layers[str(index)]["routed_tokens"] = layer["routed_tokens"].astype(int).tolist()
         never = {str(i): experts for i, experts in self.never_routed().items()}
         return {**self.header, "never_routed": never, "layers": layers}
 
 
-def load_scores(path: Path) -> Scores:
-    """Scores from ``path``; ReapcError when it is not a scores file."""
-    from safetensors.numpy import load_file
+def with_means(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Routing sums (..., experts) by name, and the means per routed token: ``reap``, ``ean``."""
+    count = np.maximum(sums["routed_tokens"], 1e-300)
+    return sums | {"reap": sums["gate_norm_sum"] / count, "ean": sums["norm_sum"] / count}
 
+
+def metadata_of(header: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a scores file."""
+    return {"reapc_scores": FORMAT, "header": json.dumps(header)}
+
+
+def load_scores(path: Path) -> Scores:
+    """Scores from ``path``, arrays read when they are asked for; ReapcError when it is not a scores file."""
     from reapc.checkpoint.safetensors_file import read_header
 
     if not path.is_file():
         raise ReapcError(f"{path}: no such file", hint="`reapc observe MODEL --out FILE` writes a scores file")
-    _, metadata = read_header(path)
-    if not metadata or metadata.get("reapc_scores") != FORMAT:
-        raise ReapcError(f"{path}: not a scores file of this version (reapc_scores {FORMAT} expected)")
-    return Scores(json.loads(metadata["header"]), load_file(path))
+    entries, metadata = read_header(path)
+    if not metadata or metadata.get("reapc_scores") not in _READ:
+        raise ReapcError(f"{path}: not a scores file of this version (reapc_scores {' or '.join(_READ)} expected)")
+
+    def read(name: str) -> np.ndarray:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="np") as file:
+            values: np.ndarray = file.get_tensor(name)
+            return values
+
+    return Scores(json.loads(metadata["header"]), LazyArrays({n: e.shape for n, e in entries.items()}, read))
 
 
-def merge(parts: list[Scores]) -> Scores:
-    """Adds observations of one model: sums and counts add, maxima are the larger."""
-    first = parts[0]
-    for other in parts[1:]:
-        for key in ("digest", "num_experts", "top_k", "layers", "dtype"):
-            if other.header[key] != first.header[key]:
-                raise ReapcError(
-                    f"these scores do not belong together: {key} is {first.header[key]!r} and {other.header[key]!r}",
-                    hint="merge only observations of the same checkpoint",
-                )
-        if set(other.arrays) != set(first.arrays):
-            raise ReapcError("these scores do not belong together: one has second moments, another has not")
-    arrays = {}
-    for name in first.arrays:
-        stack = [part.arrays[name] for part in parts]
-        arrays[name] = np.max(stack, axis=0) if name.endswith("max_activation") else np.sum(stack, axis=0)
-    header = {
-        **first.header,
-        "tokens": sum(part.header["tokens"] for part in parts),
-        "calibration": [source for part in parts for source in part.header["calibration"]],
-    }
-    return Scores(header, arrays)
+def expanded(scores: Scores, name: str) -> np.ndarray:
+    """The array with its axes of domains and parts, whichever format it was read from."""
+    values = scores.arrays[name]
+    if values.ndim > _own_axes(name):
+        return values
+    if name.startswith("second_moment"):
+        return values[None]
+    result = np.zeros((1, PARTS, *values.shape))
+    result[0, 0] = values
+    return result

@@ -20,6 +20,10 @@ def entries_of(scores: Scores, spec: ModelSpec) -> dict[str, tuple[np.ndarray, n
     without positions, and v_b, which is given a mean of latents: the latents' own moments stand for it. A matrix whose
     rows are of another length than what was observed has no entry."""
     entries: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def total(name: str) -> np.ndarray | None:
+        return scores.total(name) if name in scores.arrays else None
+
     for layer in spec.layers:
         for group in layer.kind.tensors:
             if not group.linears and len(group.shape) != 2:
@@ -27,17 +31,17 @@ def entries_of(scores: Scores, spec: ModelSpec) -> dict[str, tuple[np.ndarray, n
             module = f"{layer.prefix}.{group.name}".removesuffix(".weight")
             if group.role == "expert":
                 key = f"layers.{layer.index}.experts.{'down' if 'down' in group.gguf[0].name else 'gate_up'}"
-                counts = scores.arrays.get(f"layers.{layer.index}.routed_tokens")
+                counts = total(f"layers.{layer.index}.routed_tokens")
             else:
-                key, counts = module, scores.arrays.get(f"second_moment_count.{module}")
-            values = scores.arrays.get(f"second_moment.{key}")
+                key, counts = module, total(f"second_moment_count.{module}")
+            values = total(f"second_moment.{key}")
             if values is None or counts is None:
                 continue
             for part in group.gguf:
                 place = f"blk.{layer.index}.{part.name}"
                 if part.name == "attn_k_b.weight":
                     heads, _, columns = part.shape
-                    own = scores.arrays.get(f"second_moment.{module.rpartition('.')[0]}.{Q_NOPE}")
+                    own = total(f"second_moment.{module.rpartition('.')[0]}.{Q_NOPE}")
                     if own is not None and own.size == heads * columns:
                         entries[place] = (own.reshape(heads, columns), np.repeat(counts, heads))
                 elif part.shape[-1:] == values.shape[-1:]:

@@ -16,11 +16,22 @@ from reapc.stream.expert_weights import Expert
 class LayerObserver(Protocol):
     """What an accumulator is shown of one layer."""
 
+    def batch(self, rows: slice, length: int, mask: torch.Tensor | None) -> None:
+        """A batch begins: the sequences ``rows`` of the token set, ``length`` tokens of each; ``mask`` (rows, length),
+        True where a token is real, None where all are."""
+
     def routed(
-        self, expert: int, inputs: torch.Tensor, activated: torch.Tensor, outputs: torch.Tensor, gate: torch.Tensor
+        self,
+        expert: int,
+        inputs: torch.Tensor,
+        activated: torch.Tensor,
+        outputs: torch.Tensor,
+        gate: torch.Tensor,
+        tokens: torch.Tensor,
     ) -> None:
-        """``inputs`` (tokens, in), ``activated`` (tokens, width), ``outputs`` (tokens, in) before the
-        gate weight, ``gate`` (tokens,): the very coefficient that the model multiplies the output with."""
+        """``inputs`` (pairs, in), ``activated`` (pairs, width), ``outputs`` (pairs, in) before the gate weight,
+        ``gate`` (pairs,): the very coefficient that the model multiplies the output with; ``tokens`` (pairs,), rising:
+        which of the batch's rows x length tokens each pair is of."""
 
     def linear(self, module: str, inputs: torch.Tensor) -> None:
         """``inputs`` (tokens, in): what the linear called ``module`` (name on disk) is given."""
@@ -115,7 +126,7 @@ class StreamedExperts(nn.Module):
             activated, outputs = self.compute(expert, inputs)
             gate = gates[pairs]
             if self.observer is not None:
-                self.observer.routed(expert, inputs, activated, outputs, gate * self.scale)
+                self.observer.routed(expert, inputs, activated, outputs, gate * self.scale, tokens)
             # Sigmoid routers give fp32 gates in a 16-bit model too; the class rounds the product likewise.
             result.index_add_(0, tokens, (outputs * gate[:, None]).to(result.dtype))
         return result
@@ -137,7 +148,8 @@ class ScaledInputExperts(StreamedExperts):
                 continue
             activated, outputs = self.compute(expert, inputs)
             if self.observer is not None:
-                self.observer.routed(expert, inputs, activated, outputs, torch.ones_like(outputs[:, 0]))
+                tokens = routed.nonzero()[:, 0]
+                self.observer.routed(expert, inputs, activated, outputs, torch.ones_like(outputs[:, 0]), tokens)
             result[expert][routed] = outputs
         return result.reshape(hidden_states.shape)
 

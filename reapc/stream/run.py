@@ -11,7 +11,7 @@ import torch
 from reapc.progress import Progress
 from reapc.stream.experts import LayerObserver
 from reapc.stream.model import StreamedModel
-from reapc.stream.tokens import Tokens
+from reapc.stream.tokens import Batch, Tokens
 
 TOKENS_PER_BATCH = 8192
 
@@ -39,28 +39,30 @@ class HiddenStates:
 
     @staticmethod
     def disk_bytes(tokens: Tokens, width: int, carried: int = 0) -> int:
-        """Bytes that all files take."""
-        return 2 * 4 * tokens.sequences * tokens.length * (width + min(carried, tokens.length))
+        """Bytes that all files take on disk: what no batch reaches is never written."""
+        longest = tokens.batches(TOKENS_PER_BATCH)
+        return sum(2 * 4 * batch.tokens * (width + min(carried, tokens.length)) for batch in longest)
 
-    def read(self, layer: int, rows: slice) -> torch.Tensor:
-        """A copy of the states before ``layer``."""
-        return torch.from_numpy(np.array(self._files[layer % 2][rows]))
+    def read(self, layer: int, rows: slice, length: int | None = None) -> torch.Tensor:
+        """A copy of the states before ``layer``, of the first ``length`` tokens."""
+        return torch.from_numpy(np.array(self._files[layer % 2][rows, :length]))
 
-    def write(self, layer: int, rows: slice, values: torch.Tensor) -> None:
-        """Stores the states before ``layer``."""
-        self._files[layer % 2][rows] = values.float().cpu().numpy()
+    def write(self, layer: int, batch: Batch, values: torch.Tensor) -> None:
+        """Stores the states before ``layer``. What is behind a batch's length stays a hole in the file."""
+        self._files[layer % 2][batch.rows, : batch.length] = values.float().cpu().numpy()
 
-    def read_carried(self, layer: int, rows: slice) -> torch.Tensor | None:
+    def read_carried(self, layer: int, batch: Batch) -> torch.Tensor | None:
         """What the layer before ``layer`` handed on, (rows, length, carried) int64; None before the first."""
         if not self._carried or layer == 0:
             return None
-        return torch.from_numpy(self._carried[layer % 2][rows].astype(np.int64))
+        values = self._carried[layer % 2][batch.rows, : batch.length, : batch.length]
+        return torch.from_numpy(values.astype(np.int64))
 
-    def write_carried(self, layer: int, rows: slice, values: torch.Tensor | None) -> None:
-        """Stores what is handed on to ``layer``."""
+    def write_carried(self, layer: int, batch: Batch, values: torch.Tensor | None) -> None:
+        """Stores what is handed on to ``layer``: a token chooses among no more than the batch's length."""
         if self._carried:
             assert values is not None
-            self._carried[layer % 2][rows] = values.cpu().numpy()
+            self._carried[layer % 2][batch.rows, : batch.length, : batch.length] = values.cpu().numpy()
 
     def flush(self) -> None:
         for file in (*self._files, *self._carried):
@@ -72,9 +74,13 @@ def states_of(model: StreamedModel, tokens: Tokens, folder: Path, name: str) -> 
     return HiddenStates(tokens, folder, name, model.width, model.carried_width)
 
 
-def _mask(tokens: Tokens, rows: slice, device: torch.device) -> torch.Tensor | None:
-    mask = tokens.mask[rows]
+def _mask(tokens: Tokens, batch: Batch, device: torch.device) -> torch.Tensor | None:
+    mask = tokens.mask[batch.rows, : batch.length]
     return None if mask.all() else torch.from_numpy(np.ascontiguousarray(mask)).to(device)
+
+
+def _ids(tokens: Tokens, batch: Batch) -> torch.Tensor:
+    return torch.from_numpy(tokens.input_ids[batch.rows, : batch.length].astype(np.int64))
 
 
 def run_layers(
@@ -89,28 +95,29 @@ def run_layers(
     """Runs all layers from ``start_layer`` over ``sets``: (states, observed). The states before ``start_layer``
     must be on disk unless it is 0. ``layer_done(i, observer)`` is called when layer i's states are stored."""
     spec = model.spec
-    total = sum(states.tokens.sequences * states.tokens.length for states, _ in sets)
+    total = sum(batch.tokens for states, _ in sets for batch in states.tokens.batches(TOKENS_PER_BATCH))
     with progress.task(name, total * (spec.num_layers - start_layer), "tokens x layers") as advance:
         if start_layer == 0:
             for states, _ in sets:
-                for rows in states.tokens.batches(TOKENS_PER_BATCH):
-                    ids = torch.from_numpy(states.tokens.input_ids[rows].astype(np.int64))
-                    states.write(0, rows, model.embed(ids))
+                for batch in states.tokens.batches(TOKENS_PER_BATCH):
+                    states.write(0, batch, model.embed(_ids(states.tokens, batch)))
         for index in range(start_layer, spec.num_layers):
             observer = observer_of(index)
             with model.layer(index) as forward:
                 for states, observed in sets:
-                    for rows in states.tokens.batches(TOKENS_PER_BATCH):
-                        hidden = states.read(index, rows).to(model.device, model.dtype)
-                        ids = torch.from_numpy(states.tokens.input_ids[rows].astype(np.int64))
-                        carried = states.read_carried(index, rows)
+                    for batch in states.tokens.batches(TOKENS_PER_BATCH):
+                        hidden = states.read(index, batch.rows, batch.length).to(model.device, model.dtype)
+                        carried = states.read_carried(index, batch)
                         if carried is not None:
                             carried = carried.to(model.device)
-                        mask = _mask(states.tokens, rows, model.device)
-                        result = forward(hidden, mask, observer if observed else None, ids, carried)
-                        states.write(index + 1, rows, result)
-                        states.write_carried(index + 1, rows, model.carried)
-                        advance((rows.stop - rows.start) * states.tokens.length)
+                        mask = _mask(states.tokens, batch, model.device)
+                        if observed and observer is not None:
+                            observer.batch(batch.rows, batch.length, mask)
+                        watcher = observer if observed else None
+                        result = forward(hidden, mask, watcher, _ids(states.tokens, batch), carried)
+                        states.write(index + 1, batch, result)
+                        states.write_carried(index + 1, batch, model.carried)
+                        advance(batch.tokens)
             for states, _ in sets:
                 states.flush()
             layer_done(index, observer)

@@ -6,11 +6,25 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from reapc.errors import ReapcError
+
+
+class Batch(NamedTuple):
+    """The sequences ``rows``, ``length`` tokens of each."""
+
+    rows: slice
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed, padding included."""
+        return int(self.rows.stop - self.rows.start) * self.length
 
 
 @dataclass(frozen=True)
@@ -49,11 +63,46 @@ class Tokens:
             self.input_ids[rows][:, cut], self.mask[rows][:, cut], self.domain[rows], self.domains, self.source
         )
 
-    def batches(self, tokens_per_batch: int) -> Iterator[slice]:
-        """Row slices of about ``tokens_per_batch`` tokens."""
-        rows = max(1, tokens_per_batch // max(1, self.length))
-        for start in range(0, self.sequences, rows):
-            yield slice(start, min(start + rows, self.sequences))
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(sequences,) how far each row goes: its last real token's place + 1."""
+        behind = self.mask[:, ::-1].argmax(axis=1)
+        return np.where(self.mask.any(axis=1), self.length - behind, 0)
+
+    def batches(self, tokens_per_batch: int) -> Iterator[Batch]:
+        """Runs of rows, together at most ``tokens_per_batch`` tokens (or one row) when each is cut to the longest of
+        them: padding behind them all is never computed. A run does not depend on what stood before it."""
+        start = 0
+        while start < self.sequences:
+            length, end = max(1, int(self.lengths[start])), start + 1
+            while end < self.sequences:
+                longest = max(length, int(self.lengths[end]))
+                if (end + 1 - start) * longest > tokens_per_batch:
+                    break
+                length, end = longest, end + 1
+            yield Batch(slice(start, end), length)
+            start = end
+
+    def shard(self, index: int, count: int, tokens_per_batch: int) -> slice:
+        """The rows of shard ``index`` (from 1) of ``count``: whole batches, near equal numbers of tokens, so that every
+        batch is computed as in the run over all. ReapcError where there are fewer batches than shards."""
+        batches = list(self.batches(tokens_per_batch))
+        if not 1 <= index <= count:
+            raise ReapcError(f"shard {index}/{count}: the first number is from 1 to the second")
+        if len(batches) < count:
+            raise ReapcError(
+                f"shard {index}/{count}: these {self.sequences} sequences make {len(batches)} batches of up to "
+                f"{tokens_per_batch} tokens",
+                hint=f"at most {len(batches)} shards",
+            )
+        ends = np.cumsum([batch.tokens for batch in batches])
+        # each cut as near as can be to its share, leaving every shard at least one batch
+        cuts = [0]
+        for k in range(1, count):
+            cut = int(np.abs(ends - ends[-1] * k / count).argmin()) + 1
+            cuts.append(min(max(cut, cuts[-1] + 1), len(batches) - (count - k)))
+        cuts.append(len(batches))
+        return slice(batches[cuts[index - 1]].rows.start, batches[cuts[index] - 1].rows.stop)
 
 
 def read_tokens(path: Path, vocab_size: int) -> Tokens:

@@ -1,0 +1,3 @@
+"""What several commands let one choose from."""
+
+CRITERIA = ["reap", "ean", "ean_sum", "frequency", "weighted_sum"]
