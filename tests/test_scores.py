@@ -91,6 +91,7 @@ def test_domains_and_parts_are_what_each_alone_gives(tiny: Path, whole: Scores, 
             whole.routing(0, name)[1, 1], scores.routing(0, name).sum(axis=(0, 1)), rtol=2e-5, atol=1e-9, err_msg=name
         )
     assert np.asarray(whole.header["parts"]).sum() == tokens.count == whole.header["tokens"]
+    assert np.asarray(whole.header["sequences"]).sum() == 11
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -249,7 +250,7 @@ def handmade(reap: np.ndarray, tokens: np.ndarray) -> Scores:
     names = [f"d{i}" for i in range(len(reap))]
     header = {
         "num_experts": reap.shape[2], "layers": [0], "top_k": 1, "domains": names, "tokens": int(tokens.sum()),
-        "parts": tokens.sum(axis=2).tolist(),
+        "parts": tokens.sum(axis=2).tolist(), "sequences": np.full(tokens.shape[:2], 2).tolist(),
     }  # fmt: skip
     return Scores(header, {f"layers.0.{name}": values for name, values in sums.items()})
 
@@ -258,14 +259,14 @@ def test_stability_of_what_never_changes_and_of_what_does() -> None:
     values = np.tile(np.arange(1.0, 9.0), (1, PARTS, 1))
     steady = stability(handmade(values, np.ones_like(values)), "reap", 4)
     assert (steady.halves, steady.chance) == (1.0, 0.5)
-    assert steady.curve == [(8, 1.0), (16, 1.0), (32, 1.0), (48, 1.0), (64, 1.0)]
+    assert steady.curve == [(2 * n, 8 * n, 1.0) for n in (1, 2, 4, 6, 8)]
     assert (steady.dead, steady.unused, steady.domains) == ({}, {}, [])
     torn = values.copy()
     torn[0, 1::2] = torn[0, 1::2, ::-1]  # odd parts want just the other experts
     torn[0, 0] *= 3
     found = stability(handmade(torn, np.ones_like(torn)), "reap", 4)
     assert found.halves == 0.0
-    assert found.curve[0] == (8, 1.0)
+    assert found.curve[0] == (2, 8, 1.0)
     assert any("two halves of the data drop the same experts to 0 % (by chance 50 %)" in line for line in found.lines())
 
 

@@ -81,9 +81,9 @@ def stability_command(scores: Path, ratio: float, criterion: str, as_json: bool)
     for line in found.lines():
         console.print(f"- {line}")
     if found.curve:
-        table = Table("tokens", "same experts dropped as with all")
-        for tokens, share in found.curve:
-            table.add_row(str(tokens), f"{100 * share:.0f} %")
+        table = Table("sequences", "tokens", "same experts dropped as with all")
+        for sequences, tokens, share in found.curve:
+            table.add_row(str(sequences), str(tokens), f"{100 * share:.0f} %")
         console.print(table)
     if found.domains:
         table = Table("domain", "domain", "same experts dropped")

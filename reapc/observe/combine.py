@@ -63,28 +63,34 @@ def merge(parts: list[Scores], names: list[str] | None = None) -> Scores:
         assert result is not None
         return result
 
-    tokens = np.zeros((len(domains), _parts_of(first).shape[1]))
-    for part, place in zip(parts, places, strict=True):
-        for domain, counts in zip(place, _parts_of(part), strict=True):
-            tokens[domain] += counts
+    def added(key: str) -> list[list[float]]:
+        counts = np.zeros((len(domains), _counts_of(first, key).shape[1]))
+        for part, place in zip(parts, places, strict=True):
+            for domain, of_domain in zip(place, _counts_of(part, key), strict=True):
+                counts[domain] += of_domain
+        result: list[list[float]] = counts.tolist()
+        return result
+
     header = {
         **first.header,
         "tokens": sum(part.header["tokens"] for part in parts),
         "calibration": list(dict.fromkeys(source for part in parts for source in part.header["calibration"])),
         "domains": domains,
-        "parts": tokens.tolist(),
+        "parts": added("parts"),
+        "sequences": added("sequences"),
         "observed": observed,
     }
     return Scores(header, LazyArrays(_shapes(first, len(domains)), read))
 
 
-def _parts_of(scores: Scores) -> np.ndarray:
-    """Tokens by domain and part; all in the first part where a file does not say."""
-    if parts := scores.header.get("parts"):
-        return np.asarray(parts, np.float64)
+def _counts_of(scores: Scores, key: str) -> np.ndarray:
+    """Tokens ("parts") or "sequences" by domain and part. A file of the first format does not say: all its tokens are
+    in one part, and no sequences are counted."""
+    if counted := scores.header.get(key):
+        return np.asarray(counted, np.float64)
     routing = next(name for name in scores.arrays if name.startswith("layers."))
     counts = np.zeros(expanded(scores, routing).shape[:2])
-    counts[0, 0] = scores.header["tokens"]
+    counts[0, 0] = scores.header["tokens"] if key == "parts" else 0
     return counts
 
 
@@ -150,7 +156,8 @@ def mix(scores: Scores, weights: Mapping[str, float], where: str = "the scores")
         **scores.header,
         "tokens": round(whole),
         "domains": [domains[i] for i in chosen],
-        "parts": (_parts_of(scores)[chosen] * factors[:, None]).tolist(),
+        "parts": (_counts_of(scores, "parts")[chosen] * factors[:, None]).tolist(),
+        "sequences": _counts_of(scores, "sequences")[chosen].tolist(),
         "mix": {domain: weight / total for domain, weight in weights.items()},
     }
     return Scores(header, LazyArrays(_shapes(scores, len(chosen)), read))

@@ -146,6 +146,7 @@ def observe(
         "dtype": str(dtype).removeprefix("torch."),
         "domains": list(calibration.domains),
         "parts": groups.sums(calibration.mask.sum(axis=1)).tolist(),
+        "sequences": groups.sums(np.ones(calibration.sequences)).tolist(),
         "observed": [observed_entry(source, whole, shard)],
     }
     layers = [work / f"layer-{index}.safetensors" for index in range(spec.num_layers)]

@@ -52,7 +52,8 @@ class Scores:
     """``arrays`` by name (see ``LayerSums``): routing sums ``layers.N.NAME`` (domains, parts, experts),
     ``second_moment.`` (domains, experts, in) of experts and (domains, in) of others, ``second_moment_count.``
     (domains, 1). ``header``: model, digest, router_digest, num_experts, top_k, layers, tokens, calibration, dtype,
-    domains (names), parts (real tokens by domain and part), shards."""
+    domains (names), parts and sequences (real tokens, and sequences, by domain and part), observed (which tokens, and
+    which shards of them)."""
 
     header: dict[str, Any]
     arrays: Mapping[str, np.ndarray]

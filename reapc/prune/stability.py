@@ -20,15 +20,15 @@ class Stability:
     """Overlaps are the share of the experts that one choice drops which the other drops too, mean over layers; chance
     would give ``chance`` (the share dropped).
 
-    ``halves``: odd against even parts of the data. ``curve``: (tokens, overlap with the choice from all) for growing
-    shares of the data. ``domains``: overlap of each pair of domains. ``unused``: experts by domain and layer that no
+    ``halves``: odd against even parts of the data. ``curve``: (sequences, tokens, overlap with the choice from all)
+    for growing shares of the data. ``domains``: overlap of each pair of domains. ``unused``: experts by domain and layer that no
     token of the domain was routed to. ``dead``: their number by layer over all domains."""
 
     criterion: str
     kept: int
     chance: float
     halves: float | None
-    curve: list[tuple[int, float]]
+    curve: list[tuple[int, int, float]]
     domains: list[tuple[str, str, float]]
     unused: dict[str, dict[int, list[int]]]
     dead: dict[int, int]
@@ -95,9 +95,13 @@ def stability(scores: Scores, criterion: str, kept: int, groups: int = 1) -> Sta
     halves = curve = None
     if recorded and kept < count:
         halves = overlap(dropped(everything, slice(0, None, 2)), dropped(everything, slice(1, None, 2)))
-        steps = [n for n in (1, 2, 4, 6) if n < PARTS]
-        curve = [(round(tokens[:, :n].sum()), overlap(dropped(everything, slice(0, n)), whole)) for n in steps] + [
-            (round(tokens.sum()), 1.0)
+        curve = [
+            (
+                round(np.asarray(scores.header["sequences"], np.float64)[:, :n].sum()),
+                round(tokens[:, :n].sum()),
+                overlap(dropped(everything, slice(0, n)), whole),
+            )
+            for n in (1, 2, 4, 6, PARTS)
         ]
     used = {layer: sums["routed_tokens"].sum(axis=1) for layer, sums in routing.items()}
     unused = {
