@@ -11,36 +11,36 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from reapc import __version__
-from reapc.checkpoint.atomic import atomic_path, make_folder, remove, require_room
+from reapc.arch import ModelSpec
+from reapc.checkpoint.atomic import make_folder, remove, require_room
 from reapc.checkpoint.reader import Checkpoint
 from reapc.checkpoint.source import fetch
-from reapc.errors import CannotBeDone, ReapcError
+from reapc.emit import write_result
+from reapc.errors import ReapcError
 from reapc.estimate import Estimate, estimate
-from reapc.formats import weights
 from reapc.formats.weights import WeightFormat
-from reapc.observe.corpus import load_data
+from reapc.observe.corpus import load_data, load_split
 from reapc.observe.observe import observe, observe_reference
 from reapc.observe.reference import read_reference
 from reapc.observe.scores import Scores, load_scores
-from reapc.output import existing_result, place
+from reapc.output import existing_result
 from reapc.plan import Plan
 from reapc.planner import prior
-from reapc.planner.search import make_plan
-from reapc.probes import Host, available_ram
 from reapc.progress import Progress
 from reapc.prune.criteria import choose, dropped_share, expert_values, groups_of
 from reapc.prune.rewrite import check_scores, prune
+from reapc.prune.stability import stability
 from reapc.quantize import checkpoint as quantizer
+from reapc.quantize.decoded import decode
 from reapc.quantize.starved import starved
 from reapc.recipe import Recipe
+from reapc.requirements import Requirements
 from reapc.stages import StageCache, cache_root, digest_of
 from reapc.stream.families import check_family, check_state
-from reapc.stream.tokens import Tokens, write_tokens
-from reapc.toolchain import find_llamacpp, require
-from reapc.verify.fidelity import Fidelity, log_probs, measure
+from reapc.stream.tokens import Tokens
+from reapc.toolchain import find_llamacpp
+from reapc.verify.fidelity import Fidelity, check_limits, log_probs, measure
 from reapc.verify.fit import FitRow, check_fit
 from reapc.verify.quantized import check_quantized
 
@@ -63,26 +63,27 @@ class _Inputs:
     scores: Scores | None
 
 
-def _split(recipe: Recipe, folder: Path, vocab: int) -> tuple[Tokens, Tokens]:
-    """Calibration and held-out tokens; without [verify] data, sequences that calibration does not use."""
+def _split(recipe: Recipe, folder: Path, spec: ModelSpec, progress: Progress) -> tuple[Tokens, Tokens]:
+    """Calibration and held-out tokens; without [verify] data, samples that calibration does not use, in the same mix
+    of domains."""
     calibration, verify = recipe.calibration, recipe.verify
     own = verify.data != "auto"
-    wanted = calibration.sequences + (0 if own else verify.sequences)
-    tokens = load_data(folder, calibration.data, recipe.base, calibration.tokens, wanted, calibration.seed, vocab)
-    if own:
-        held_out = load_data(
-            folder, verify.data, recipe.base, calibration.tokens, verify.sequences, calibration.seed, vocab
-        )
-        return tokens, held_out
-    if tokens.sequences < 2:
+    settings: dict[str, Any] = {"context": spec.max_context, "progress": progress}
+    if own and verify.data == calibration.data and not verify.data.endswith(".safetensors"):
         raise ReapcError(
-            f"calibration.data = {calibration.data!r} has one sequence: none is left to verify with",
-            hint="give [verify] data, or more calibration text",
+            f"verify.data = {verify.data!r} is calibration.data: the same text would be held out",
+            hint="leave verify.data out: samples that calibration does not use are then held out",
         )
-    spare = max(1, min(verify.sequences, tokens.sequences // 3))
-    order = np.random.default_rng(calibration.seed).permutation(tokens.sequences)
-    rest = order[spare : spare + calibration.sequences]
-    return tokens.take(np.sort(rest)), tokens.take(np.sort(order[:spare]))
+    tokens, held_out = load_split(
+        folder, calibration.data, recipe.base, calibration.tokens, calibration.sequences,
+        0 if own else verify.sequences, calibration.seed, spec.vocab_size, **settings,
+    )  # fmt: skip
+    if held_out is None:
+        held_out = load_data(
+            folder, verify.data, recipe.base, calibration.tokens, verify.sequences, calibration.seed, spec.vocab_size,
+            **settings,
+        )  # fmt: skip
+    return tokens, held_out
 
 
 def _versions() -> dict[str, str]:
@@ -110,11 +111,6 @@ def _build_key(inputs: _Inputs, tools: dict[str, str]) -> str:
     )
 
 
-def _converter_decodes(checkpoint: Checkpoint) -> bool:
-    """Whether the road to GGUF takes the checkpoint: 16 or 32 bit, or FP8, which llama.cpp's converter decodes."""
-    return checkpoint.quantization is None or checkpoint.quantization.method == "fp8"
-
-
 class Build:
     """One build of one recipe."""
 
@@ -122,6 +118,7 @@ class Build:
         self.recipe = recipe
         self.progress = progress
         self.start = time.monotonic()
+        self.stability: dict[str, Any] = {}
         self.quantized: dict[str, Any] = {}  # what the manifest says of a quantized checkpoint
         self.cache = StageCache(cache_root() / "stages", progress.log)
         make_folder(self.cache.root)
@@ -129,53 +126,27 @@ class Build:
         checkpoint = Checkpoint(folder)
         check_family(checkpoint.spec, str(folder))
         check_state(checkpoint.spec, checkpoint.config, str(folder))
-        if recipe.serve.speculative == "mtp":
-            raise CannotBeDone(
-                'serve.speculative = "mtp": a build of this version drops the MTP layers that would draft',
-                hint="plan with it, and build without",
-            )
-        if recipe.prune.mtp == "prune" and checkpoint.spec.mtp_layers:
-            raise CannotBeDone(
-                'prune.mtp = "prune": a build of this version does not count MTP layers in what it proves',
-                hint="build without, or write the checkpoint with `reapc prune --mtp prune`",
-            )
-        self.first_plan = make_plan(recipe, checkpoint.spec, recipe.model.source, buildable=True)
-        if not (self.first_plan.chosen.engine == "llama.cpp" and _converter_decodes(checkpoint)):
-            checkpoint.refuse_quantized("a build")
-        self.tools = self._check_tools(checkpoint)
+        self.requirements = Requirements(recipe, checkpoint)
+        self.first_plan = self.requirements.plan()
+        self.tools = self.requirements.check_tools(self.first_plan.chosen)
         given = load_scores(scores) if scores else None
         if given and scores:
             check_scores(given, checkpoint, scores)
-        calibration, held_out = _split(recipe, folder, checkpoint.spec.vocab_size)
+        calibration, held_out = _split(recipe, folder, checkpoint.spec, progress)
         self.inputs = _Inputs(recipe, checkpoint, calibration, held_out, given)
 
     @property
     def key(self) -> str:
         return _build_key(self.inputs, self.tools)
 
-    def _check_tools(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """Whatever the plan's quantizer needs is looked for before anything is computed; versions of its packages."""
-        chosen = self.first_plan.chosen
-        if chosen.engine == "llama.cpp":
-            for tool in ("convert", "quantize", "lib_dir"):
-                require(tool)
-            return {}
-        fmt = weights.parse(chosen.format)
-        if fmt is None or not fmt.quantized:
-            return {}
-        writer = quantizer.writer_for(fmt, self.recipe.quantize.writer, checkpoint.spec)
-        versions = quantizer.versions(writer)
-        room = available_ram(Host(), [])
-        quantizer.require_memory(checkpoint.spec.with_experts(chosen.experts_kept), writer, room)
-        return versions
-
     def expect(self) -> Estimate:
         """Time, disk and memory that the build is expected to need."""
-        inputs, settings = self.inputs, self.recipe.quantize
-        fmt = weights.parse(self.first_plan.chosen.format)
-        tool = quantizer.writer_for(fmt, settings.writer).tool if fmt is not None and fmt.quantized else ""
+        inputs, settings, chosen = self.inputs, self.recipe.quantize, self.first_plan.chosen
+        fmt = self.requirements.written(chosen)
+        tool = quantizer.writer_for(fmt, settings.writer).tool if fmt is not None else ""
         iters = quantizer.DEFAULT_ITERS if settings.iters == "auto" else settings.iters
-        return estimate(inputs.checkpoint, self.first_plan, inputs.calibration, inputs.held_out, tool, iters)
+        decoded = self.requirements.decodes(chosen)
+        return estimate(inputs.checkpoint, self.first_plan, inputs.calibration, inputs.held_out, tool, iters, decoded)
 
     def run(self, out: Path) -> BuildResult:
         """Builds into ``out``; does nothing when this very result is there."""
@@ -192,11 +163,12 @@ class Build:
         plan = self._second_plan(scores)
         groups = groups_of(inputs.checkpoint.spec, self.recipe.prune.dissolve_groups)
         kept = choose(scores, plan.criterion, plan.chosen.experts_kept, groups)
+        self._say_stability(scores, plan, groups)
         pruned, pruned_key = self._prune(kept, plan, scores)
         result = self._quantize(pruned, pruned_key, plan)
         fit = check_fit(result, plan)
         fidelity = self._fidelity(result, reference)
-        self._check_thresholds(fidelity)
+        check_limits(fidelity, self.recipe.verify)
         manifest = self._emit(out, plan, scores, result, fit, fidelity, kept, reference)
         return BuildResult(out, manifest, fresh=True)
 
@@ -224,7 +196,7 @@ class Build:
         }
 
         def work(folder: Path, scratch: Path) -> None:
-            observed = observe(
+            observe(
                 inputs.checkpoint,
                 inputs.calibration,
                 scratch,
@@ -233,11 +205,19 @@ class Build:
                 reference=folder / "reference.safetensors",
                 moments=False,
                 model_name=inputs.recipe.model.source,
+                revision=inputs.recipe.model.revision,
+                out=folder / "scores.safetensors",
             )
-            observed.save(folder / "scores.safetensors")
 
         folder, _ = self.cache.run("observe", depends, work)
         return load_scores(folder / "scores.safetensors"), folder / "reference.safetensors"
+
+    def _say_stability(self, scores: Scores, plan: Plan, groups: int) -> None:
+        """How far the choice of experts depends on the calibration text: logged, and kept for the manifest."""
+        found = stability(scores, plan.criterion, plan.chosen.experts_kept, groups)
+        for line in found.lines():
+            self.progress.log(f"scores: {line}")
+        self.stability = found.to_json()
 
     def _second_plan(self, scores: Scores) -> Plan:
         """The same planner with the damage of pruning read off the scores."""
@@ -249,8 +229,7 @@ class Build:
                 1 - kept / scores.header["num_experts"], dropped_share(scores, criterion, kept, groups)
             )
 
-        source = self.inputs.recipe.model.source
-        plan = make_plan(self.inputs.recipe, self.inputs.checkpoint.spec, source, measured, buildable=True)
+        plan = self.requirements.plan(measured)
         first, second = self.first_plan.chosen, plan.chosen
         if (first.experts_kept, first.format) != (second.experts_kept, second.format):
             self.progress.log(
@@ -261,8 +240,9 @@ class Build:
 
     def _prune(self, kept: dict[int, list[int]], plan: Plan, scores: Scores) -> tuple[Path, str]:
         """The pruned checkpoint (the source itself when all of it stays) and its key."""
-        checkpoint = self.inputs.checkpoint
-        if plan.chosen.experts_kept == checkpoint.spec.num_experts and not checkpoint.spec.mtp_layers:
+        checkpoint, mtp = self.inputs.checkpoint, self.recipe.prune.mtp
+        whole = mtp == "prune" or not checkpoint.spec.mtp_layers
+        if plan.chosen.experts_kept == checkpoint.spec.num_experts and whole:
             return checkpoint.folder, digest_of([checkpoint.digest, checkpoint.side_digest])
         model = [checkpoint.digest, checkpoint.side_digest]
         settings = self.recipe.prune
@@ -270,13 +250,14 @@ class Build:
             "model": model,
             "kept": {str(k): v for k, v in kept.items()},
             "dissolve_groups": settings.dissolve_groups,
+            "mtp": mtp,
             "reapc": __version__,
         }
         values = expert_values(scores, plan.criterion)
 
         def work(folder: Path, scratch: Path) -> None:
             prune(
-                checkpoint, kept, folder / "model", self.progress, dissolve_groups=settings.dissolve_groups,
+                checkpoint, kept, folder / "model", self.progress, mtp=mtp, dissolve_groups=settings.dissolve_groups,
                 values=values,
             )  # fmt: skip
 
@@ -284,11 +265,23 @@ class Build:
         return folder / "model", key
 
     def _quantize(self, pruned: Path, pruned_key: str, plan: Plan) -> Path:
-        """The GGUF file, or the folder that vLLM serves: the pruned one where it stays in 16 bit."""
-        fmt = weights.parse(plan.chosen.format) if plan.chosen.engine == "vllm" else None
-        if fmt is None:
+        """The GGUF file, or the folder that vLLM serves: the pruned one where it stays in what it is stored in."""
+        if self.requirements.decodes(plan.chosen):
+            pruned, pruned_key = self._decode(pruned, pruned_key)
+        if plan.chosen.engine == "llama.cpp":
             return self._quantize_gguf(pruned, pruned_key, plan)
-        return self._quantize_checkpoint(pruned, pruned_key, fmt) if fmt.quantized else pruned
+        fmt = self.requirements.written(plan.chosen)
+        return pruned if fmt is None else self._quantize_checkpoint(pruned, pruned_key, fmt)
+
+    def _decode(self, pruned: Path, pruned_key: str) -> tuple[Path, str]:
+        """A quantized checkpoint in 16 bit, and its key."""
+        depends = {"model": pruned_key, "reapc": __version__}
+
+        def work(folder: Path, scratch: Path) -> None:
+            decode(Checkpoint(pruned), folder / "model", self.progress)
+
+        folder, key = self.cache.run("decode", depends, work)
+        return folder / "model", key
 
     def _quantize_checkpoint(self, pruned: Path, pruned_key: str, fmt: WeightFormat) -> Path:
         """The checkpoint in ``fmt``, reloaded strictly and compared with the pruned one tensor by tensor."""
@@ -326,8 +319,8 @@ class Build:
         depends = {"model": pruned_key, "calibration": self.inputs.calibration.digest, "reapc": __version__}
 
         def work(folder: Path, scratch: Path) -> None:
-            counted = observe(Checkpoint(pruned), self.inputs.calibration, scratch, self.progress, moments=False)
-            counted.save(folder / "scores.safetensors")
+            out = folder / "scores.safetensors"
+            observe(Checkpoint(pruned), self.inputs.calibration, scratch, self.progress, moments=False, out=out)
 
         folder, _ = self.cache.run("routing", depends, work)
         found = starved(load_scores(folder / "scores.safetensors"))
@@ -390,28 +383,6 @@ class Build:
         finally:
             remove(scratch)
 
-    def _check_thresholds(self, fidelity: Fidelity) -> None:
-        limits = self.inputs.recipe.verify
-        before, after = fidelity.perplexity_a, fidelity.perplexity_b
-        ratio = after / before if before and after else 1.0  # none where every sequence is a single token
-        failures = []
-        if limits.max_kl is not None and fidelity.kl > limits.max_kl:
-            failures.append(f"KL {fidelity.kl:.5f} is {fidelity.kl - limits.max_kl:.5f} above max_kl {limits.max_kl}")
-        if limits.min_top1 is not None and fidelity.top1 < limits.min_top1:
-            failures.append(
-                f"top-1 {fidelity.top1:.4f} is {limits.min_top1 - fidelity.top1:.4f} below min_top1 {limits.min_top1}"
-            )
-        if limits.max_perplexity_ratio is not None and ratio > limits.max_perplexity_ratio:
-            failures.append(
-                f"perplexity ratio {ratio:.4f} is {ratio - limits.max_perplexity_ratio:.4f} above "
-                f"max_perplexity_ratio {limits.max_perplexity_ratio}"
-            )
-        if failures:
-            raise CannotBeDone(
-                "the result is worse than [verify] allows: " + "; ".join(failures),
-                hint="allow more memory, more experts or bits, or relax [verify]; nothing was written to the output",
-            )
-
     def _emit(
         self,
         out: Path,
@@ -423,49 +394,29 @@ class Build:
         kept: dict[int, list[int]],
         reference: Path,
     ) -> dict[str, Any]:
-        from reapc.emit import write_scripts
-
         inputs = self.inputs
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-        with atomic_path(out) as partial:
-            partial.mkdir(parents=True)
-            if result.is_file():
-                name = "model.gguf"
-                place(result, partial / name)
-            else:
-                name = "model"
-                for path in sorted(p for p in result.iterdir() if p.is_file() and not p.name.startswith(".")):
-                    place(path, partial / name / path.name)
-            scores.save(partial / "scores.safetensors")
-            place(reference, partial / "reference.safetensors")
-            write_tokens(partial / "held_out.safetensors", inputs.held_out)
-            plans = {"from_prior": self.first_plan.to_json(), "from_scores": plan.to_json()}
-            (partial / "plan.json").write_text(json.dumps(plans, indent=2) + "\n")
-            write_scripts(partial, plan, name, inputs.recipe)
-            files = {str(p.relative_to(partial)): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
-            manifest = {
-                "key": self.key,
-                "recipe_name": inputs.recipe.name,
-                "recipe": inputs.recipe.model_dump(mode="json"),
-                "model": {"source": inputs.recipe.model.source, "digest": inputs.checkpoint.digest},
-                "calibration": {"source": inputs.calibration.source, "tokens": inputs.calibration.count},
-                "held_out": {"source": inputs.held_out.source, "tokens": inputs.held_out.count},
-                "experts_kept": plan.chosen.experts_kept,
-                "kept": {str(layer): experts for layer, experts in kept.items()},
-                "never_routed": {str(layer): experts for layer, experts in scores.never_routed().items()},
-                "format": plan.chosen.format,
-                "engine": plan.chosen.engine,
-                "artifact": name,
-                "fit": [row.__dict__ for row in fit],
-                **self.quantized,
-                "fidelity": fidelity.to_json(),
-                "stage_seconds": self.cache.seconds,
-                "reused": self.cache.reused,
-                "seconds": time.monotonic() - self.start,
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "versions": {**_versions(), "llama.cpp": _llamacpp_version()},
-                "files": files,
-            }
-            (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        return manifest
+        facts = {
+            "key": self.key,
+            "recipe_name": inputs.recipe.name,
+            "recipe": inputs.recipe.model_dump(mode="json"),
+            "model": {"source": inputs.recipe.model.source, "digest": inputs.checkpoint.digest},
+            "calibration": {"source": inputs.calibration.source, "tokens": inputs.calibration.count},
+            "held_out": {"source": inputs.held_out.source, "tokens": inputs.held_out.count},
+            "experts_kept": plan.chosen.experts_kept,
+            "kept": {str(layer): experts for layer, experts in kept.items()},
+            "never_routed": {str(layer): experts for layer, experts in scores.never_routed().items()},
+            "stability": self.stability,
+            "format": plan.chosen.format,
+            "as_stored": self.requirements.copies(plan.chosen),
+            "engine": plan.chosen.engine,
+            "fit": [row.__dict__ for row in fit],
+            **self.quantized,
+            "fidelity": fidelity.to_json(),
+            "stage_seconds": self.cache.seconds,
+            "reused": self.cache.reused,
+            "seconds": time.monotonic() - self.start,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {**_versions(), "llama.cpp": _llamacpp_version()},
+        }
+        plans = {"from_prior": self.first_plan, "from_scores": plan}
+        return write_result(out, result, plans, inputs.recipe, scores, reference, inputs.held_out, facts)

@@ -1,13 +1,53 @@
-"""Writes the launch script and a small client beside the result."""
+"""Writes the output folder of a build: the result, what it was decided by, the launch script and a small client."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from reapc.checkpoint.atomic import atomic_path
 from reapc.engines.artifact import read_artifact
+from reapc.output import place
 from reapc.plan import Plan
 from reapc.recipe import Recipe
+
+if TYPE_CHECKING:
+    from reapc.observe.scores import Scores
+    from reapc.stream.tokens import Tokens
+
+
+def write_result(
+    out: Path, result: Path, plans: Mapping[str, Plan], recipe: Recipe, scores: Scores, reference: Path,
+    held_out: Tokens, facts: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Writes ``out``, atomically, from ``result`` (a GGUF file or a folder), and returns its manifest: ``facts`` with
+    the artifact's name and the size of every file. The last of ``plans`` is the one that was carried out."""
+    from reapc.stream.tokens import write_tokens
+
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+    with atomic_path(out) as partial:
+        partial.mkdir(parents=True)
+        if result.is_file():
+            name = "model.gguf"
+            place(result, partial / name)
+        else:
+            name = "model"
+            for path in sorted(p for p in result.iterdir() if p.is_file() and not p.name.startswith(".")):
+                place(path, partial / name / path.name)
+        scores.save(partial / "scores.safetensors")
+        place(reference, partial / "reference.safetensors")
+        write_tokens(partial / "held_out.safetensors", held_out)
+        texts = {key: plan.to_json() for key, plan in plans.items()}
+        (partial / "plan.json").write_text(json.dumps(texts, indent=2) + "\n")
+        write_scripts(partial, list(plans.values())[-1], name, recipe)
+        files = {str(p.relative_to(partial)): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
+        manifest = {**facts, "artifact": name, "files": files}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
 
 
 def write_scripts(folder: Path, plan: Plan, model: str, recipe: Recipe) -> None:

@@ -54,10 +54,12 @@ def _matmul_rate() -> float:
 
 
 def estimate(
-    checkpoint: Checkpoint, plan: Plan, calibration: Tokens, held_out: Tokens, tool: str = "", iters: int = 0
-) -> Estimate:
+    checkpoint: Checkpoint, plan: Plan, calibration: Tokens, held_out: Tokens, tool: str = "", iters: int = 0,
+    decoded: bool = False,
+) -> Estimate:  # fmt: skip
     """The needs of a build of ``plan``: two observations, a verification, the copies between, and the quantizer.
-    ``tool`` writes a vLLM format ("" where none is written), AutoRound with ``iters`` steps per layer."""
+    ``tool`` writes a vLLM format ("" where none is written), AutoRound with ``iters`` steps per layer. ``decoded``: the
+    pruned checkpoint is written in 16 bit once more."""
     spec, chosen = checkpoint.spec, plan.chosen
     active = spec.active_parameters
     tokens = 2 * calibration.count + 2 * held_out.count
@@ -65,7 +67,7 @@ def estimate(
     pruned_spec = spec.with_experts(chosen.experts_kept)
     share = pruned_spec.parameters / spec.parameters
     pruned_bytes = round(checkpoint.bytes * share) if chosen.experts_kept < spec.num_experts else 0
-    base_bytes = 2 * pruned_spec.parameters if chosen.engine == "llama.cpp" else 0
+    base_bytes = 2 * pruned_spec.parameters * ((chosen.engine == "llama.cpp") + decoded)
     seconds = 2 * active * tokens / (_matmul_rate() * _FORWARD_EFFICIENCY) + 10
     seconds += (2 * checkpoint.bytes + pruned_bytes + base_bytes + chosen.file_bytes) / _COPY_BYTES_PER_SECOND
     if quantized:

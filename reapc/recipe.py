@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from reapc.errors import ReapcError
+from reapc.mix import MixSource, parse_sources
 from reapc.schema import explain_validation, nearest
 from reapc.target import Target, is_target, load_target, make_target
 
@@ -95,7 +96,8 @@ class QuantizeSection(_Section):
 class CalibrationSection(_Section):
     """The text that decides what an expert is worth."""
 
-    data: str = "auto"
+    # "auto", a path, a preset's name, or a list of tables (make_recipe reads them)
+    data: str | tuple[MixSource, ...] = "auto"
     sequences: int = Field(default=128, ge=1)
     tokens: int = Field(default=512, ge=8)
     seed: int = 0
@@ -210,6 +212,10 @@ def make_recipe(data: dict[str, Any], path: Path) -> Recipe:
         resolved = make_target(target, where)
     else:
         raise ReapcError(f"{where}: target = {target!r}: a name or a table is expected")
+    calibration = data.get("calibration")
+    if isinstance(calibration, dict) and not isinstance(calibration.get("data", ""), str):
+        sources = parse_sources(calibration["data"], f"{where}: calibration.data")
+        data = {**data, "calibration": {**calibration, "data": sources}}
     try:
         recipe = Recipe(**{**data, "target": resolved}, name=path.stem, base=path.parent)
     except ValidationError as error:

@@ -108,3 +108,68 @@ def same_as_library(checkpoint: Checkpoint, library: dict[str, torch.Tensor]) ->
         rounded = ours.to(checkpoint.stored_tensor(scales).dtype).float()
         assert torch.equal(theirs, ours) or torch.equal(theirs, rounded), name
     return len(checkpoint.packed)
+
+
+# Schemes as they are published, with groups that tiny widths hold.
+SCHEMES: dict[str, dict[str, Any]] = {
+    "fp8-block": {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head"],
+    },
+    "fp8": {
+        "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+            "num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}}},
+    },
+    "ct-w4g32:experts": {  # Kimi-K2.5's
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+            "num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}}},
+    },
+    "gptq-w4g64": {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": False},
+    "auto-round-w4g32": {
+        "quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "int",
+        "packing_format": "auto_round:auto_gptq", "block_name_to_quantize": "model.layers",
+    },
+    "nvfp4": {
+        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+            "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}}},
+    },
+    "nvfp4:experts": {
+        "quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16,
+        "ignore": ["lm_head", "model.layers.*.self_attn*", "*.gate"],
+    },
+    "mxfp4:experts": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+    },
+}  # fmt: skip
+
+
+def packed_copy(plain: Path, out: Path, scheme: dict[str, Any]) -> Path:
+    """A copy of a 16 bit checkpoint, rounded to nearest into the packing that the ``scheme`` states; a scale of
+    activations beside each linear of NVFP4, as published."""
+    from reapc.arch import model_spec
+    from reapc.checkpoint.packed import find_packed
+    from reapc.formats.layout import tensors_of
+    from reapc.formats.quantization import quantization_of
+    from reapc.rehearse.packed import encode_all
+
+    def pack(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        config["quantization_config"] = scheme
+        rules = quantization_of(config, "config.json")
+        assert rules is not None
+        for tensor, group in tensors_of(model_spec(config), mtp=True):
+            found = find_packed(tensor, group, rules, {}, "config.json")
+            if found is None or tensor.name not in tensors:
+                continue
+            weight = tensors.pop(tensor.name)
+            for key, value in encode_all(weight, found.linear).items():
+                name = found.linear.parts.get(key) or f"{tensor.module}.{key}"  # g_idx, which may be left out
+                tensors[name] = value.contiguous()
+                if key.endswith("weight_scale_2"):
+                    tensors[name.replace("weight_scale_2", "input_scale")] = torch.tensor([0.5])
+
+    return changed(plain, out, pack)

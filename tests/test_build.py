@@ -72,6 +72,10 @@ def test_build_then_nothing_to_do_then_only_what_changed(project: Path, cache: s
     assert fit["weights"]["predicted_bytes"] == fit["weights"]["actual_bytes"]
     assert abs(fit["KV cache"]["predicted_bytes"] - fit["KV cache"]["actual_bytes"]) < 1 << 20
     assert "expected (estimate)" in err
+    assert "scores: two halves of the data drop the same experts" in err
+    stability = manifest["stability"]
+    assert (stability["kept"], stability["chance"]) == (9, 0.25)
+    assert stability["curve"][-1][2] == 1.0
     plans = json.loads((out / "plan.json").read_text())
     assert plans["from_prior"]["loss_source"] == "prior"
     assert plans["from_scores"]["loss_source"] == "measured"

@@ -149,27 +149,9 @@ def test_without_the_libraries(project: Path, capsys, tmp_path: Path, monkeypatc
 
 
 def test_too_little_memory(project: Path, capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reapc.build.available_ram", lambda host, findings: 100 << 20)
+    monkeypatch.setattr("reapc.requirements.available_ram", lambda host, findings: 100 << 20)
     options = ("--set", "quantize.format=auto-round-w4g32")
     code, _, err = run_main(capsys, "build", project / "tiny.toml", "--out", tmp_path / "out", *options)
     assert code == 1
     assert "auto-round loads the whole pruned model" in err
     assert "100.0 MiB are available" in err
-
-
-def test_a_quantized_source_and_drafts_are_refused_before_anything_runs(project: Path, capsys, tmp_path: Path) -> None:
-    source, out = tmp_path / "fp8", tmp_path / "out"
-    assert run_main(capsys, "quantize", project / "model", "--format", "fp8", "--out", source)[0] == 0
-    code, _, err = run_main(
-        capsys, "build", project / "tiny.toml", "--out", out, "--set", f"model.source={source}",
-        "--set", "quantize.method=none", "--set", "quantize.format=auto",
-    )  # fmt: skip
-    assert code == 1
-    assert "the checkpoint is quantized (compressed-tensors): a build takes weights in 16 or 32 bit" in err
-    assert "tokens x layers" not in err
-    code, _, err = run_main(
-        capsys, "build", project / "tiny.toml", "--out", out, "--set", "serve.speculative=mtp",
-    )  # fmt: skip
-    assert code == 1
-    assert "drops the MTP layers" in err
-    assert not out.exists()

@@ -13,11 +13,23 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "reapc"
 PURE = (
-    "planner", "arch", "formats", "engines", "recipe", "target", "plan", "units", "schema", "errors", "machine",
+    "planner", "arch", "formats", "engines", "recipe", "mix", "target", "plan", "units", "schema", "errors", "machine",
     "probes",
 )  # fmt: skip
 PASSES = ("observe", "prune", "quantize", "verify")
-TOP = ("build", "cli", "emit", "estimate", "stages", "inspection", "output", "rehearse", "serving")
+TOP = (
+    "build",
+    "cli",
+    "emit",
+    "estimate",
+    "healing",
+    "requirements",
+    "stages",
+    "inspection",
+    "output",
+    "rehearse",
+    "serving",
+)
 HEAVY = ("torch", "transformers")
 FORBIDDEN = {
     **dict.fromkeys(PURE, ("stream", *PASSES, *TOP, "checkpoint")),
@@ -25,7 +37,18 @@ FORBIDDEN = {
     "stream": (*PASSES, *TOP, "planner", "engines"),
     **dict.fromkeys(PASSES, ("planner", *TOP)),
     **dict.fromkeys(
-        ("build", "emit", "estimate", "stages", "toolchain", "progress", "inspection", "output"),
+        (
+            "build",
+            "emit",
+            "estimate",
+            "healing",
+            "requirements",
+            "stages",
+            "toolchain",
+            "progress",
+            "inspection",
+            "output",
+        ),
         ("cli", "serving", "rehearse"),
     ),
     "rehearse": ("cli",),  # it drives planner, build and server as a user would

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import ReapcError
 from reapc.observe import observe as observe_module
-from reapc.observe.combine import merge, mix
+from reapc.observe.combine import merge
 from reapc.observe.observe import observe
 from reapc.observe.scores import load_scores
 from reapc.progress import Silent
@@ -110,21 +110,21 @@ def test_resume_continues_at_the_layer_and_ends_in_the_same_scores(tiny: Path, t
     real = observe_module.run_layers
     seen: list[int] = []
 
-    def stop_at_2(model, sets, observer_of, layer_done, progress, start_layer=0, name=""):
+    def stop_at_2(model, sets, observer_of, layer_done, progress, start_layer=0, name="", plan=None):
         def observers(index: int):
             if index == 2:
                 raise KeyboardInterrupt
             return observer_of(index)
 
-        real(model, sets, observers, layer_done, progress, start_layer, name)
+        real(model, sets, observers, layer_done, progress, start_layer, name, plan)
 
     monkeypatch.setattr(observe_module, "run_layers", stop_at_2)
     with pytest.raises(KeyboardInterrupt):
         observe(Checkpoint(tiny), tokens, tmp_path / "b", Silent())
 
-    def record(model, sets, observer_of, layer_done, progress, start_layer=0, name=""):
+    def record(model, sets, observer_of, layer_done, progress, start_layer=0, name="", plan=None):
         seen.append(start_layer)
-        real(model, sets, observer_of, layer_done, progress, start_layer, name)
+        real(model, sets, observer_of, layer_done, progress, start_layer, name, plan)
 
     monkeypatch.setattr(observe_module, "run_layers", record)
     resumed = observe(Checkpoint(tiny), tokens, tmp_path / "b", Silent())

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from reapc.checkpoint.reader import INDEX, Checkpoint
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.observe.observe import observe
 from reapc.observe.scores import Scores
-from reapc.progress import Silent
+from reapc.progress import Advance, Silent
 from reapc.prune.criteria import CRITERIA, check_kept, choose, kept_count
 from reapc.prune.rewrite import prune
 
@@ -167,6 +171,50 @@ class TestBadCheckpoints:
         (model / INDEX).write_text(json.dumps(index))
         with pytest.raises(ReapcError, match="outside the checkpoint folder"):
             Checkpoint(model)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda path: path.write_bytes(path.read_bytes() + b"x"), "bytes, now"),
+            (lambda path: path.write_bytes(path.read_bytes()), "it was written to"),
+            (lambda path: shutil.copy2(path, path.with_suffix(".new")).replace(path), "another file is in its place"),
+            (lambda path: path.unlink(), "it is gone"),
+        ],
+    )
+    def test_shard_that_changes_while_it_is_read(self, model: Path, tmp_path: Path, change: Any, words: str) -> None:
+        """When a tensor is read, at the end of a prune (whose copies do not look) and at the end of an observation."""
+        checkpoint = Checkpoint(model)
+        shard = sorted(model.glob("*.safetensors"))[1]
+        name = next(name for name, path in checkpoint.shard_of.items() if path == shard)
+        other = next(name for name, path in checkpoint.shard_of.items() if path != shard)
+        kept = {layer: list(range(9)) for layer in checkpoint.spec.moe_layers}
+        whole = shard.read_bytes()
+        checkpoint.tensor(name)
+        prune(Checkpoint(model), kept, tmp_path / "before", Silent())
+        change(shard)
+        with pytest.raises(CannotBeDone, match=rf"{shard.name}: changed while it was read \({'.*' + words}"):
+            checkpoint.tensor(name)
+        assert checkpoint.tensor(other) is not None
+        if shard.is_file():
+            with pytest.raises(CannotBeDone, match=rf"{shard.name}: changed while it was read"):
+                prune(checkpoint, kept, tmp_path / "out", Silent())
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["before", "m"]
+        shard.unlink(missing_ok=True)
+        shard.write_bytes(whole)
+        prune(Checkpoint(model), kept, tmp_path / "out", Silent())
+
+    def test_shard_that_changes_behind_the_last_layer(self, model: Path, tmp_path: Path) -> None:
+        class Late(Silent):
+            """Touches a shard when the last layer was computed."""
+
+            @contextmanager
+            def task(self, name: str, total: float, unit: str) -> Iterator[Advance]:
+                yield lambda amount: None
+                sorted(model.glob("*.safetensors"))[0].touch()
+
+        with pytest.raises(CannotBeDone, match="changed while it was read"):
+            observe(Checkpoint(model), make_tokens(2, 16), tmp_path / "work", Late())
+        observe(Checkpoint(model), make_tokens(2, 16), tmp_path / "work", Silent())
 
     def test_missing_tensor(self, tmp_path: Path) -> None:
         folder = make_model(tmp_path / "one")

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from test_prune_families import GROUPS, Tensors, checkpoint_of, choice, random_tensors, write
 
 from reapc.arch import load_config, model_spec
-from reapc.checkpoint.quantization import quantization_of
 from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.formats.layout import linear_modules, tensors_of
+from reapc.formats.quantization import quantization_of
 from reapc.observe.accumulate import ROUTING
 from reapc.observe.scores import Scores
 from reapc.progress import Silent

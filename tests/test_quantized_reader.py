@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from reapc.arch import known
 from reapc.checkpoint import decode as decoding
-from reapc.checkpoint.packing import Packing
-from reapc.checkpoint.quantization import Quantization
 from reapc.checkpoint.reader import Checkpoint
 from reapc.cli.main import main
 from reapc.cli.progress import make_progress
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.formats import layout, weights
+from reapc.formats.packing import Packing
+from reapc.formats.quantization import Quantization
 from reapc.quantize import fp8
 from reapc.stream import StreamedModel
 
@@ -270,7 +270,7 @@ def test_rules_of_fp8() -> None:
         ({"quant_method": "awq", "bits": 4}, "quant_method = 'awq': this version reads one of gptq, auto-round"),
         ({"quant_method": "mxfp4", "modules_to_not_convert": ["("]}, "is not a regular expression"),
         ({"bits": 4}, "quant_method = 'None'"),
-        ({"quant_method": "fp8"}, "weight_block_size = None"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size = 128"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "activation_scheme"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "marlin"}, "checkpoint_format"),
         ({"quant_method": "gptq", "bits": 16, "group_size": 32}, "bits = 16: this version reads 2 to 8"),

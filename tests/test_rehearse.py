@@ -19,7 +19,6 @@ from reapc.arch import known, load_config, model_spec
 from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import CannotBeDone
 from reapc.formats.layout import tensors_of
-from reapc.progress import Silent
 from reapc.rehearse import keys
 from reapc.rehearse.checkpoint import write_checkpoint
 from reapc.rehearse.shrink import Vocabulary, compare, experts_of, shrink, small
@@ -90,11 +89,11 @@ def test_checkpoint_of_each_family_opens(name: str, tmp_path: Path) -> None:
     config = known.config(name)
     vocabulary = write_tokenizer(tmp_path, config["model_type"])
     tiny = shrink(config, name, None, vocabulary)
-    written = write_checkpoint(tiny, tmp_path, Silent(), towers=False)
+    written = write_checkpoint(tiny, tmp_path, towers=False)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     checkpoint = Checkpoint(tmp_path)
-    assert (checkpoint.quantization is not None) == (tiny.fp8 is not None)
+    assert (checkpoint.quantization is not None) == (tiny.spec.quantization is not None)
     tensors = [tensor for tensor, _ in tensors_of(checkpoint.spec, mtp=True)]
     assert written.tensors == len(tensors)
     for tensor in tensors[:: max(1, len(tensors) // 20)]:
@@ -108,7 +107,7 @@ def test_checkpoint_of_each_family_opens(name: str, tmp_path: Path) -> None:
 def test_fp8_source_is_written_as_published(tmp_path: Path) -> None:
     name = "Qwen/Qwen3-30B-A3B-FP8"
     tiny = shrink(known.config(name), name, None, write_tokenizer(tmp_path, "qwen3_moe"))
-    write_checkpoint(tiny, tmp_path, Silent())
+    write_checkpoint(tiny, tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert "model.layers.0.mlp.experts.3.up_proj.weight_scale_inv" in index
     published = known.config(name)["quantization_config"]
@@ -120,7 +119,7 @@ def test_the_same_numbers_each_time(tmp_path: Path) -> None:
     name = "allenai/OLMoE-1B-7B-0924"
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        write_checkpoint(shrink(known.config(name), name, None, VOCABULARY), folder, Silent())
+        write_checkpoint(shrink(known.config(name), name, None, VOCABULARY), folder)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
@@ -128,7 +127,7 @@ def test_the_same_numbers_each_time(tmp_path: Path) -> None:
 def test_vision_tower_is_written_where_transformers_knows_it(tmp_path: Path) -> None:
     name = "Qwen/Qwen3-VL-30B-A3B-Instruct"
     tiny = shrink(known.config(name), name, None, write_tokenizer(tmp_path, "qwen3_vl_moe"))
-    written = write_checkpoint(tiny, tmp_path, Silent())
+    written = write_checkpoint(tiny, tmp_path)
     assert written.vision > 0
     assert "model.visual.patch_embed.proj.weight" in Checkpoint(tmp_path).entries
 
@@ -225,13 +224,28 @@ class TestCommand:
         assert "It ended at 'convert'" in out
         assert "another model" in out
 
-    def test_settings_of_the_prune_are_rehearsed(self, capsys, tmp_path: Path) -> None:
-        (tmp_path / "mine.toml").write_text(QWEN.replace("Qwen/Qwen3-30B-A3B", "zai-org/GLM-4.5-Air"))
-        changes = ("--set", 'prune.mtp="prune"', "--set", 'target.name="rtx4090x2"')
-        code, out, _ = run_main(capsys, "rehearse", tmp_path / "mine.toml", *changes)
-        assert code == 1, out
-        assert "It ended at 'check'" in out
-        assert 'prune.mtp = "prune"' in out
+    def test_mtp_layers_and_a_published_format_are_rehearsed(self, cache, capsys, tmp_path: Path) -> None:
+        """From FP8 as published to the launch line that drafts, without another quantization."""
+        (tmp_path / "mine.toml").write_text(QWEN.replace("Qwen/Qwen3-30B-A3B", "zai-org/GLM-5-FP8"))
+        keep = tmp_path / "keep"
+        changes = ("prune.mtp=prune", "prune.ratio=0.25", "target.name=h100x8", "serve.speculative=mtp",
+                   "quantize.method=none")  # fmt: skip
+        sets = [part for change in changes for part in ("--set", change)]
+        code, out, _ = run_main(capsys, "rehearse", tmp_path / "mine.toml", "--keep", keep, "--json", *sets)
+        report = json.loads(out.strip().splitlines()[-1])
+        assert code == 0, report
+        steps = {step["name"]: step for step in report["steps"]}
+        assert "fp8-block, as the source" in steps["make"]["seen"]
+        assert "as predicted" in steps["emit"]["seen"]
+        assert report["format"] == "fp8-block"
+        manifest = json.loads((keep / "out/manifest.json").read_text())
+        assert manifest["as_stored"]
+        spec = model_spec(load_config(keep / "out/model"))
+        assert len(spec.mtp_layers) == 1
+        assert f"{spec.mtp_layers[0].prefix}.mlp.experts.0.up_proj.weight_scale_inv" in Checkpoint(
+            keep / "out/model"
+        ).entries  # fmt: skip
+        assert "--speculative-config" in (keep / "out/serve.sh").read_text()
 
     def test_a_fault_of_a_library_is_no_traceback(self, cache, capsys, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr("reapc.build.observe", lambda *a, **k: [][1])
@@ -243,8 +257,13 @@ class TestCommand:
         assert "Traceback" in (keep / "rehearsal.log").read_text()
 
 
-# Published in FP8 and planned for vLLM: a build of this version does not take them there.
-FP8_FOR_VLLM = ("deepseek_v32_h100x8", "kimi_k2_h100x8")
+# Published quantized, and what becomes of it: kept, or decoded for another format.
+PUBLISHED = {
+    "deepseek_v32_h100x8": "fp8-block",
+    "kimi_k2_h100x8": "fp8-block",
+    "gpt_oss_120b_strix_halo": "mxfp4:experts",
+    "minimax_m2_rtx3090x4": "fp8-block",
+}
 # The one in the normal suite: a 744B model with latent and sparse attention, MTP and 2 bit weights.
 RECIPES = [
     pytest.param(path, id=path.stem, marks=() if path.stem == "glm5_3090x8" else pytest.mark.slow)
@@ -261,11 +280,37 @@ def test_every_recipe(path: Path) -> None:
     assert "Traceback" not in done.stderr + done.stdout
     code, report = done.returncode, json.loads(done.stdout.strip().splitlines()[-1])
     failed = [(step["name"], step["seen"], *step["words"]) for step in report["steps"] if step["state"] == "failed"]
-    if path.stem in FP8_FOR_VLLM:
-        assert code == 1
-        assert "takes weights in 16 or 32 bit" in failed[0][1]
-        return
     assert code == 0, failed
+    made = next(step for step in report["steps"] if step["name"] == "make")
+    assert (
+        (f"{PUBLISHED[path.stem]}" in made["seen"]) if path.stem in PUBLISHED else "as the source" not in made["seen"]
+    )
     served = next(step for step in report["steps"] if step["name"] == "serve")
     if report["engine"] == "llama.cpp":
         assert (served["state"], "tokens answered" in served["seen"]) == ("ok", True), served
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "engine", "made"),
+    [
+        ("moonshotai/Kimi-K2.5", "vllm", "ct-w4g32:experts"),
+        ("zai-org/GLM-4.5-FP8", "vllm", "fp8"),
+        ("openai/gpt-oss-20b", "vllm", "mxfp4:experts"),
+        ("deepseek-ai/DeepSeek-V4-Flash", "llama.cpp", "fp8-block"),
+    ],
+)
+def test_models_as_they_are_published(name: str, engine: str, made: str, cache, capsys, tmp_path: Path) -> None:
+    """vLLM serves the bytes as they are; llama.cpp reads DeepSeek-V4's fp4 experts as we do."""
+    (tmp_path / "mine.toml").write_text(QWEN.replace("Qwen/Qwen3-30B-A3B", name).replace("rtx3090x1", "h100x8"))
+    target = "h100x8" if engine == "vllm" else "ram256"
+    sets = [part for change in (f"serve.engine={engine}", f"target.name={target}", "prune.ratio=0.25",
+            "quantize.method=none", "serve.context=8192") for part in ("--set", change)]  # fmt: skip
+    code, out, _ = run_main(capsys, "rehearse", tmp_path / "mine.toml", "--keep", tmp_path / "keep", "--json", *sets)
+    report = json.loads(out.strip().splitlines()[-1])
+    assert code == 0, report
+    steps = {step["name"]: step for step in report["steps"]}
+    assert f"{made}, as the source" in steps["make"]["seen"]
+    if engine == "vllm":
+        assert report["format"] == made
+        assert "as predicted" in steps["emit"]["seen"]

@@ -92,8 +92,15 @@ def build(config: dict[str, Any], where: str) -> ModelSpec:
         # vLLM attends to latents through sparse MLA kernels alone (FlashMLA sparse, FlashInfer), the indexer through
         # DeepGEMM: compute capability 9.0 and up, as for DeepSeek-V3.2.
         sparse_attention=True,
-        quantization=config.get("quantization_config"),
+        quantization=_quantization(config),
     )
+
+
+def _quantization(config: dict[str, Any]) -> dict[str, Any] | None:
+    """quantization_config with what stands beside it: the dtype of the experts."""
+    found: dict[str, Any] | None = config.get("quantization_config")
+    beside = {"expert_dtype": config["expert_dtype"]} if config.get("expert_dtype") else {}
+    return {**found, **beside} if found else None
 
 
 def _ratios(config: dict[str, Any], where: str, count: int, mtp: int) -> list[int]:

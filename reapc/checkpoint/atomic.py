@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -79,6 +80,22 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def claim_folder(folder: Path, identity: str, own: re.Pattern[str]) -> None:
+    """Makes ``folder`` the work folder of the run that ``identity`` names, in a file of this name: what an interrupted
+    run of the same left stays, what a run of another left is removed. ReapcError where there is something that no run
+    left; ``own`` matches the names of what does."""
+    make_folder(folder)
+    stamp = folder / "identity"
+    if not stamp.is_file() and not all(own.match(path.name) for path in folder.iterdir()):
+        raise ReapcError(
+            f"{folder}: this work folder holds something else, which is left untouched", hint="choose another --work"
+        )
+    if not stamp.is_file() or stamp.read_text() != identity:
+        remove(folder)
+        make_folder(folder)
+        write_text(stamp, identity)
 
 
 @contextmanager

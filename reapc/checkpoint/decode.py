@@ -1,7 +1,8 @@
 """Quantized linears back to float32, exactly: what the numbers on disk mean, before any kernel's own rounding.
 
 (q - zero) * scale of 8 bit integers and a 16 bit scale has no more than 20 bits of mantissa: float32 holds
-it exactly. An e4m3 value times a float32 scale is rounded once. MXFP4 becomes bfloat16, which holds it exactly.
+it exactly. An e4m3 value times a float32 scale is rounded once. MXFP4 becomes bfloat16, which holds it exactly. NVFP4's
+scales are e4m3 numbers by a float32: (e4m3 / global) * value in compressed-tensors, e4m3 * global * value in ModelOpt.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from reapc.checkpoint.packing import Packing
+from reapc.formats.packing import Packing
 
 if TYPE_CHECKING:
     import torch
@@ -135,6 +136,34 @@ def mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return values.flatten(-2)
 
 
+def _mxfp4(parts: Mapping[str, torch.Tensor], packing: Packing) -> torch.Tensor:
+    if not packing.names:
+        return mxfp4(parts["blocks"], parts["scales"])
+    ends = ("weight_packed", "weight_scale") if packing.names == "ct" else ("weight", "scale")
+    packed, scales = (_octets(parts[end]) for end in ends)
+    return mxfp4(packed.reshape(*scales.shape, 16), scales)
+
+
+def _octets(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _nvfp4(parts: Mapping[str, torch.Tensor], packing: Packing) -> torch.Tensor:
+    """Two E2M1 values in a byte, the low one first; a scale for 16 of a row."""
+    import torch
+
+    ct = packing.names == "ct"
+    packed = parts["weight_packed" if ct else "weight"]
+    scales = parts["weight_scale"].float()
+    whole = parts["weight_global_scale" if ct else "weight_scale_2"].float()
+    scales = scales / whole if ct else scales * whole
+    table = torch.tensor(_E2M1, device=packed.device)
+    values = torch.stack((table[(packed & 15).int()], table[(packed >> 4).int()]), -1)
+    return (values.reshape(*scales.shape, packing.group_size) * scales[..., None]).flatten(-2)
+
+
 def decode(parts: Mapping[str, torch.Tensor], packing: Packing, rows: int, columns: int) -> torch.Tensor:
     """The (rows, columns) weight of a linear from its ``parts`` (tensors on disk by the end of their name): bfloat16 of
     MXFP4, float32 of all others."""
@@ -146,8 +175,11 @@ def decode(parts: Mapping[str, torch.Tensor], packing: Packing, rows: int, colum
         case "fp8-block":
             return _tiles(parts, packing, rows, columns)
         case "fp8" | "int8":
-            return parts["weight"].float() * parts["weight_scale"].float()
+            scale = parts["column_scale"].reshape(1, -1) if "column_scale" in parts else parts["weight_scale"]
+            return parts["weight"].float() * scale.float()
         case "mxfp4":
-            return mxfp4(parts["blocks"], parts["scales"])
+            return _mxfp4(parts, packing)
+        case "nvfp4":
+            return _nvfp4(parts, packing)
         case _:
             raise AssertionError(packing.method)  # quantization.py makes no other

@@ -20,7 +20,7 @@ from reapc.formats.gguf_types import ALIGNMENT_BYTES, TYPES
 
 _SHARD = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
 _STRING, _ARRAY = 8, 9
-_VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _KEPT_VALUES = 4096  # of an array: one or a few for each layer; longer ones are vocabularies
 # ggml.h: the numbers of the types (4, 5 and 31 to 38 but TQ are gone).
 _TYPE_NAMES = {
@@ -29,6 +29,7 @@ _TYPE_NAMES = {
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0",
 }  # fmt: skip
+TYPE_NUMBERS = {name: number for number, name in _TYPE_NAMES.items()}
 _SIZES = {
     **{name: (kind.block, kind.block_bytes) for name, kind in TYPES.items()},
     "Q8_1": (32, 40), "Q8_K": (256, 292), "I8": (1, 1), "I16": (1, 2), "I64": (1, 8), "F64": (1, 8),
@@ -36,55 +37,79 @@ _SIZES = {
 
 
 class GgufTensorInfo(NamedTuple):
-    """One tensor: its shape as numpy reads it (row last), its type and the bytes of its data."""
+    """One tensor: its shape as numpy reads it (row last), its type, the bytes of its data and where these begin in
+    their file."""
 
     name: str
     shape: tuple[int, ...]
     type: str
     data_bytes: int
+    start: int
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """One file. ``fields`` holds no strings of arrays, and no long arrays (None stands for them). ``values``: where
+    each of them lies, its type before it (start, end offsets). ``order``: the byte order, "<" or ">"."""
+
+    path: Path
+    order: str
+    version: int
+    fields: dict[str, Any]
+    values: dict[str, tuple[int, int]]
+    tensors: tuple[GgufTensorInfo, ...]
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """All parts of a model. ``fields`` holds no strings of arrays, and no long arrays (None stands for them)."""
+    """All parts of a model; the first part's ``fields`` win."""
 
     path: Path
-    parts: tuple[Path, ...]
+    files: tuple[GgufFile, ...]
     fields: dict[str, Any]
     tensors: tuple[GgufTensorInfo, ...]
 
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        return tuple(file.path for file in self.files)
 
-def shards(path: Path) -> tuple[Path, ...]:
-    """All parts of a file that is split in several, the first one first; ReapcError names one that is missing."""
+
+def part_names(path: Path) -> tuple[Path, ...]:
+    """The names of all parts, the first one first, where ``path`` is named as one of several; else itself."""
     match = _SHARD.match(path.name)
     if not match:
         return (path,)
-    paths = tuple(path.with_name(f"{match[1]}-{i:05}-of-{match[3]}.gguf") for i in range(1, int(match[3]) + 1))
+    return tuple(path.with_name(f"{match[1]}-{i:05}-of-{match[3]}.gguf") for i in range(1, int(match[3]) + 1))
+
+
+def shards(path: Path) -> tuple[Path, ...]:
+    """All parts of a file that may be split in several; ReapcError names one that is missing."""
+    paths = part_names(path)
+    if not paths:
+        raise ReapcError(f"{path}: no part is numbered 0 of 0")
     for part in paths:
         if not part.is_file():
+            if len(paths) == 1:
+                raise ReapcError(f"{part}: no such file")
             raise ReapcError(f"{part}: this part of {path.name} is missing", hint="download all parts")
     return paths
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Metadata and tensors of all parts; the first part's metadata win. ReapcError where one is damaged."""
-    fields: dict[str, Any] = {}
-    tensors: list[GgufTensorInfo] = []
-    parts = shards(path)
-    for part in parts:
-        part_fields, part_tensors = _read(part)
-        fields = {**part_fields, **fields}
-        tensors += part_tensors
-    expected = fields.get("split.tensors.count", len(tensors)) if len(parts) > 1 else len(tensors)
+    """Metadata and tensors of all parts. ReapcError where one is damaged."""
+    files = tuple(_read(part) for part in shards(path))
+    fields = {key: value for file in reversed(files) for key, value in file.fields.items()}
+    tensors = tuple(tensor for file in files for tensor in file.tensors)
+    expected = fields.get("split.tensors.count", len(tensors)) if len(files) > 1 else len(tensors)
     if expected != len(tensors) or len({tensor.name for tensor in tensors}) != len(tensors):
         raise ReapcError(
-            f"{path}: its {len(parts)} parts hold {len(tensors)} tensors, and {expected} different ones are expected",
+            f"{path}: its {len(files)} parts hold {len(tensors)} tensors, and {expected} different ones are expected",
             hint="parts of other files? download all of them again",
         )
-    return GgufHeader(path, parts, fields, tuple(tensors))
+    return GgufHeader(path, files, fields, tensors)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[GgufTensorInfo]]:
+def _read(path: Path) -> GgufFile:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -105,7 +130,7 @@ class _Cursor:
         self.path, self.data, self.size, self.at = path, data, size, 4
         version = Struct("<I").unpack_from(data, 4)[0]
         self.order = "<" if version < 1 << 16 else ">"
-        self.numbers = {kind: Struct(self.order + letter) for kind, letter in _VALUES.items()}
+        self.numbers = {kind: Struct(self.order + letter) for kind, letter in VALUES.items()}
         self.version = self.number(4)
         if self.version not in (2, 3):
             raise ReapcError(
@@ -150,7 +175,7 @@ class _Cursor:
         self.at += count * width
         if count > _KEPT_VALUES:
             return None
-        return list(Struct(f"{self.order}{count}{_VALUES[item]}").unpack_from(self.data, start))
+        return list(Struct(f"{self.order}{count}{VALUES[item]}").unpack_from(self.data, start))
 
     def skip_texts(self, count: int) -> None:
         """Steps over an array of texts: only their lengths are read."""
@@ -159,27 +184,26 @@ class _Cursor:
             at += 8 + read(data, at)[0]
         self.at = at
 
-    def header(self) -> tuple[dict[str, Any], list[GgufTensorInfo]]:
+    def header(self) -> GgufFile:
         count, keys = self.number(10), self.number(10)
-        fields = {}
+        fields, values = {}, {}
         for _ in range(keys):
-            key = self.text(named=True)
+            key, start = self.text(named=True), self.at
             fields[key] = self.value(self.number(4))
-        tensors, end = [], 0
-        for _ in range(count):
-            tensor, offset = self.tensor()
-            tensors.append(tensor)
-            end = max(end, offset + tensor.data_bytes)
+            values[key] = (start, self.at)
+        listed = [self.tensor() for _ in range(count)]
         alignment = fields.get("general.alignment", ALIGNMENT_BYTES) or ALIGNMENT_BYTES
-        end += -(-self.at // alignment) * alignment
-        if tensors and end > self.size:
+        base = -(-self.at // alignment) * alignment
+        tensors = tuple(tensor._replace(start=base + tensor.start) for tensor in listed)
+        end = max((tensor.start + tensor.data_bytes for tensor in tensors), default=0)
+        if end > self.size:
             raise ReapcError(
                 f"{self.path}: cut short: {self.size:,} bytes, and its header says {end:,}", hint="download it again"
             )
-        return fields, tensors
+        return GgufFile(self.path, self.order, self.version, fields, values, tensors)
 
-    def tensor(self) -> tuple[GgufTensorInfo, int]:
-        """One tensor and the offset of its data."""
+    def tensor(self) -> GgufTensorInfo:
+        """One tensor, its start counted from where the data begin."""
         name, axes = self.text(named=True), self.number(4)
         if axes > 8:
             raise StructError(f"{name!r} has {axes} axes")
@@ -190,6 +214,6 @@ class _Cursor:
                 f"{self.path}: {name}: storage type {kind} is not known", hint="a newer llama.cpp, or a fork, wrote it"
             )
         block, size = _SIZES[_TYPE_NAMES[kind]]
-        if prod(shape) % block:
-            raise StructError(f"{name!r} of {shape} is no whole number of {_TYPE_NAMES[kind]} blocks")
-        return GgufTensorInfo(name, shape, _TYPE_NAMES[kind], prod(shape) // block * size), offset
+        if (shape[-1] if shape else 1) % block:
+            raise StructError(f"{name!r} of {shape}: its rows are no whole numbers of {_TYPE_NAMES[kind]} blocks")
+        return GgufTensorInfo(name, shape, _TYPE_NAMES[kind], prod(shape) // block * size, offset)

@@ -42,10 +42,11 @@ _LEARNED_SCALES = "gemma4"  # elsewhere ``.scale`` belongs to a quantized tensor
 
 @dataclass(frozen=True)
 class GgufModel:
-    """``spec`` describes the tensors as they are in the file; ``file_type`` is general.file_type's name.
+    """``spec`` describes the tensors as they are in the file (``header``); ``file_type`` is general.file_type's name.
     ``cache_reason``: why the layers' caches are not known, or empty."""
 
     spec: ModelSpec
+    header: GgufHeader
     file_type: str
     tensor_bytes: int
     parts: int
@@ -74,7 +75,7 @@ def read_model(path: Path) -> GgufModel:
     ]
     size = sum(tensor.data_bytes for tensor in header.tensors)
     spec = _spec(meta, tuple(built[:main]), tuple(built[main:]), tuple(outer))
-    return GgufModel(spec, meta.file_type, size, len(header.parts), reason)
+    return GgufModel(spec, header, meta.file_type, size, len(header.parts), reason)
 
 
 class _Metadata:
@@ -273,6 +274,7 @@ def _spec(
         outer=outer,
         gguf_arch=meta.arch,
         mtp_layers=mtp,
+        mtp_count_keys=(f"{meta.arch}.nextn_predict_layers",) if mtp else (),
         shared_experts=meta.number("expert_shared_count", int("shared_expert" in roles)),
         n_group=meta.number("expert_group_count", 1) or 1,
         topk_group=meta.number("expert_group_used_count", 1) or 1,

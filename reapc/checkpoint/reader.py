@@ -5,32 +5,23 @@ from __future__ import annotations
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from reapc.arch import ModelSpec, TensorSpec, load_config, model_spec
-from reapc.checkpoint.packing import Packing
-from reapc.checkpoint.quantization import quantization_config, quantization_of
+from reapc.arch import ModelSpec, TensorGroup, TensorSpec, model_spec
+from reapc.checkpoint.config import checkpoint_config
+from reapc.checkpoint.packed import Found, PackedLinear, find_packed
 from reapc.checkpoint.shards import INDEX, Shards
 from reapc.errors import CannotBeDone, ReapcError
-from reapc.formats.layout import linear_modules, tensors_of
+from reapc.formats.layout import mtp_tensors_of, tensors_of
+from reapc.formats.quantization import quantization_config, quantization_of
 
 if TYPE_CHECKING:
     import torch
 
 _SAMPLE = 1 << 20
 _SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".output_scale")  # of an engine's KV cache and outputs
 _NAMED = 3  # of several tensors that are wrong, how many a message names
-
-
-class PackedLinear(NamedTuple):
-    """A quantized linear: the tensors that it lies in, by the end of their names, and how to read them. With
-    ``experts`` > 0, one such of each, by the first axis of every part; the plain tensor is (experts, columns, rows)."""
-
-    packing: Packing
-    rows: int
-    columns: int
-    parts: dict[str, str]
-    experts: int = 0
 
 
 class Checkpoint(Shards):
@@ -46,7 +37,7 @@ class Checkpoint(Shards):
     def __init__(self, folder: Path, *, as_stored: bool = False) -> None:
         if not folder.is_dir():
             raise ReapcError(f"{folder}: no such folder", hint="a checkpoint is a folder with config.json")
-        self.config = load_config(folder)
+        self.config = checkpoint_config(folder)
         self.spec: ModelSpec = model_spec(self.config, str(folder / "config.json"))
         self.as_stored = as_stored and bool(quantization_config(self.config))
         self.quantization = None if self.as_stored else quantization_of(self.config, str(folder / "config.json"))
@@ -90,31 +81,16 @@ class Checkpoint(Shards):
         expected: set[str] = set()
         missing: list[str] = []
         for tensor, group in tensors_of(self.spec):
-            fused = group.expert_axis is not None
-            packing = self._packing_of(tensor, fused) if group.linears else None
-            if packing is None:
+            found = self._packed(tensor, group)
+            if found is None:
                 expected.add(tensor.name)
                 if tensor.name not in self.entries:
                     missing.append(tensor.name)
                 else:
                     self._check_shape(tensor.name, tensor.shape)
                 continue
-            if fused:  # gate and up are one matrix
-                module, rows, columns = tensor.name, sum(linear[0] for linear in group.linears), group.linears[0][1]
-            else:
-                ((module, (rows, columns)),) = linear_modules(tensor, group, 0)
-            if reason := packing.misfit(rows, columns):
-                raise ReapcError(f"{self.folder / 'config.json'}: quantization_config: {module}: {reason}")
-            experts = self.spec.num_experts if fused else 0
-            parts = (
-                packing.fused_parts(experts, rows, columns)
-                if fused
-                else packing.parts(module, rows, columns, self.entries)
-            )
-            names = {part.suffix: f"{module}{'_' if fused else '.'}{part.suffix}" for part in parts}
-            self.packed[tensor.name] = PackedLinear(packing, rows, columns, names, experts)
-            for part in parts:
-                name = names[part.suffix]
+            self.packed[tensor.name] = found.linear
+            for name, part in found.parts.items():
                 expected.add(name)
                 if name not in self.entries:
                     missing.append(name)
@@ -123,14 +99,16 @@ class Checkpoint(Shards):
                 if self.entries[name].dtype not in part.dtypes:
                     raise ReapcError(
                         f"{self.shard_of[name]}: tensor {name!r} is {self.entries[name].dtype}, quantization_config "
-                        f"({packing}) implies {' or '.join(part.dtypes)}"
+                        f"({found.linear.packing}) implies {' or '.join(part.dtypes)}"
                     )
         prefixes = tuple(f"{layer.prefix}." for layer in self.spec.layers)
         outer = {tensor.module for tensor in self.spec.outer_tensors}
         unexpected = [
             name
             for name in self.entries
-            if name not in expected and (name.startswith(prefixes) or name.rpartition(".")[0] in outer)
+            if name not in expected
+            and not name.endswith(_CACHE_SCALES)
+            and (name.startswith(prefixes) or name.rpartition(".")[0] in outer)
         ]
         if missing or unexpected:
             said = [f"{what} {listed(names)}" for what, names in (("misses", missing), ("has", unexpected)) if names]
@@ -139,8 +117,19 @@ class Checkpoint(Shards):
                 + (", which nothing would read" if unexpected else ""),
                 hint="quantize or download it again; loaded by force, the weights of such modules would be random",
             )
+        self._find_mtp()
 
-    def _packing_of(self, tensor: TensorSpec, fused: bool) -> Packing | None:
+    def _find_mtp(self) -> None:
+        """Quantized linears of MTP layers, which no forward pass reads: those that are whole."""
+        for tensor, group in mtp_tensors_of(self.spec):
+            found = self._packed(tensor, group)
+            if found is not None and all(
+                (entry := self.entries.get(name)) and entry.shape == part.shape and entry.dtype in part.dtypes
+                for name, part in found.parts.items()
+            ):
+                self.packed[tensor.name] = found.linear
+
+    def _packed(self, tensor: TensorSpec, group: TensorGroup) -> Found | None:
         assert self.quantization is not None
         if self.quantization.method == "mxfp4" and self.spec.family != "gpt_oss":
             raise CannotBeDone(
@@ -148,12 +137,7 @@ class Checkpoint(Shards):
                 "model: this version reads it in gpt-oss",
                 hint="take its 16 bit original",
             )
-        if fused and self.quantization.method != "mxfp4":
-            raise CannotBeDone(
-                f"{self.folder}: {tensor.name}: this version reads quantized experts that are stored one by one",
-                hint="take its 16 bit original",
-            )
-        return self.quantization.packing(tensor.module)
+        return find_packed(tensor, group, self.quantization, self.entries, str(self.folder / "config.json"))
 
     def refuse_quantized(self, what: str) -> None:
         """CannotBeDone where the checkpoint is quantized; ``what`` takes 16 or 32 bit ("pruning")."""
@@ -196,31 +180,22 @@ class Checkpoint(Shards):
         gpt-oss's MXFP4 experts in bfloat16: the very tensor of the 16 bit checkpoint)."""
         if name not in self.packed:
             return self.stored_tensor(name)
+        linear, where = self.packed[name], str(self.where(name))
+        if not linear.experts:
+            return linear.weight(self.stored_tensor, 0, "cpu", where)
         import torch
 
-        from reapc.checkpoint.decode import decode
-
-        linear = self.packed[name]
-        if linear.experts:
-            whole = torch.empty(linear.experts, linear.columns, linear.rows, dtype=torch.bfloat16)
-            for expert in range(linear.experts):
-                whole[expert] = self._expert(name, expert, "cpu")
-            return whole
-        parts = {suffix: self.stored_tensor(part) for suffix, part in linear.parts.items()}
-        if "g_idx" in parts:
-            groups, order = parts["scales"].shape[0], parts["g_idx"]
-            if bool((order < 0).any()) or bool((order >= groups).any()):
-                raise ReapcError(f"{self.where(name)}: tensor {linear.parts['g_idx']!r} names no group of {groups}")
-        return decode(parts, linear.packing, linear.rows, linear.columns)
+        first = linear.weight(self.stored_tensor, 0, "cpu", where)
+        whole = torch.empty(linear.experts, *first.shape, dtype=first.dtype)
+        whole[0] = first
+        for expert in range(1, linear.experts):
+            whole[expert] = linear.weight(self.stored_tensor, expert, "cpu", where)
+        return whole
 
     def _expert(self, name: str, expert: int, device: str | torch.device) -> torch.Tensor:
-        from reapc.checkpoint.decode import decode
-
         if name not in self.packed:
             return self.stored_tensor(name)[expert]
-        linear = self.packed[name]
-        parts = {suffix: self.stored_tensor(part)[expert].to(device) for suffix, part in linear.parts.items()}
-        return decode(parts, linear.packing, linear.rows, linear.columns).mT
+        return self.packed[name].weight(self.stored_tensor, expert, device, str(self.where(name)))
 
     def read_expert(self, name: str, expert: int, device: str | torch.device = "cpu") -> torch.Tensor:
         """``tensor(name)[expert]`` of a tensor with the experts on its first axis, from this expert's bytes alone, and

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from reapc.checkpoint.safetensors_file import TensorEntry, read_header
-from reapc.errors import ReapcError
+from reapc.errors import CannotBeDone, ReapcError
 
 if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
+
+
+class _State(NamedTuple):
+    """What tells one version of a file from another."""
+
+    bytes: int
+    modified_ns: int
+    inode: int
+
+
+def _state(path: Path) -> _State | None:
+    """None where the file is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return _State(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def _difference(before: _State | None, now: _State | None) -> str:
+    if before is None or now is None:
+        return "it is gone" if now is None else "it was not there"
+    if before.bytes != now.bytes:
+        return f"{before.bytes} bytes, now {now.bytes}"
+    return "another file is in its place" if before.inode != now.inode else "it was written to"
 
 
 class Shards:
@@ -26,6 +51,7 @@ class Shards:
         self.metadata: dict[str, dict[str, str]] = {}
         self.entries: dict[str, TensorEntry] = {}
         self.shard_of: dict[str, Path] = {}
+        self._states = {shard: _state(shard) for shard in self.shards}
         for shard in self.shards:
             entries, self.metadata[shard.name] = read_header(shard)
             for name, entry in entries.items():
@@ -74,10 +100,23 @@ class Shards:
         from safetensors import safe_open
 
         shard = self.shard_of[name]
+        self.check_unchanged(shard)
         if shard not in self._open:
             self._open[shard] = safe_open(shard, framework="pt")
         result: torch.Tensor = self._open[shard].get_tensor(name)
         return result
+
+    def check_unchanged(self, shard: Path | None = None) -> None:
+        """CannotBeDone where ``shard`` (None: any) is not the file that was opened, by size, time and inode: a download
+        or a copy that is still under way, or another that took its place."""
+        for path in self.shards if shard is None else (shard,):
+            before, now = self._states[path], _state(path)
+            if before != now:
+                raise CannotBeDone(
+                    f"{path}: changed while it was read ({_difference(before, now)}): what was read of it before and "
+                    "after may belong to two models",
+                    hint="wait until nothing writes to this folder any more, and start again",
+                )
 
     def close(self) -> None:
         """Drops the mappings."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reapc.arch import known, load_config
+from reapc.checkpoint.config import checkpoint_config
 from reapc.errors import ReapcError
 
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
@@ -71,7 +72,8 @@ def _at_path(text: str, path: Path) -> FoundModel:
     file = path / "config.json" if path.is_dir() else path
     if path.is_dir() and not file.exists() and (ggufs := sorted(path.glob("*.gguf"))):
         raise ReapcError(f"{path}: no config.json in this folder", hint=f"name the file that is meant: {ggufs[0]}")
-    return FoundModel(text, str(file), load_config(file), folder=file.parent)
+    config = checkpoint_config(path) if path.is_dir() else load_config(file)
+    return FoundModel(text, str(file), config, folder=file.parent)
 
 
 def find_model(
@@ -136,20 +138,24 @@ def config_of(source: str, revision: str | None, base: Path) -> dict[str, Any]:
     return found.config
 
 
-def fetch(source: str, revision: str | None, base: Path) -> Path:
-    """A local folder with the whole checkpoint. Downloads are pinned to ``revision`` and leave out what is not
-    needed (other weight formats, images). A cut connection resumes inside a file; a killed run keeps whole files."""
+def fetch(source: str, revision: str | None, base: Path, weights: bool = True) -> Path:
+    """A local folder with the whole checkpoint (``weights`` False: its config and tokenizer alone). Downloads are
+    pinned to ``revision`` and leave out what is not needed (other weight formats, images). A cut connection resumes
+    inside a file; a killed run keeps whole files."""
     path = _path_of(source, base)
     if path is not None:
         if not path.is_dir():
-            raise ReapcError(f"model.source = {source!r}: a folder is needed", hint="the folder of the checkpoint")
+            hint = "the folder of the checkpoint"
+            if path.suffix.lower() == ".gguf":
+                hint += " that the GGUF file was made of: `reapc prune FILE.gguf` takes the scores of that"
+            raise ReapcError(f"model.source = {source!r}: a folder is needed", hint=hint)
         return path
     source = _name_of(source)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
     try:
-        allowed = WEIGHT_PATTERNS + OTHER_PATTERNS
+        allowed = (WEIGHT_PATTERNS if weights else []) + OTHER_PATTERNS
         return Path(
             snapshot_download(source, revision=revision, allow_patterns=allowed, ignore_patterns=IGNORED_PATTERNS)
         )

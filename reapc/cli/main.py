@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "Show what a build of a recipe would decide, and why.",
     "rehearse": "Try a recipe without its weights, on a tiny random model with the same structure.",
     "inspect": "Show a model in numbers: parameters by part, weights in any format, KV cache.",
+    "corpora": "List the calibration mixes; pack one into token ids.",
     "observe": "Record expert scores of a model over calibration text.",
     "scores": "Show or merge scores files.",
     "prune": "Drop the experts with the lowest scores from a checkpoint.",

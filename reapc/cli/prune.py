@@ -1,16 +1,29 @@
-"""``reapc prune MODEL --scores SCORES``: the pruned checkpoint."""
+"""``reapc prune MODEL --scores SCORES``: the pruned checkpoint, or the pruned GGUF file."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
+from reapc.cli.choices import CRITERIA
 from reapc.errors import ReapcError
 
-CRITERIA = ["reap", "ean", "ean_sum", "frequency", "weighted_sum"]
+
+def _opened(model: str, revision: str | None) -> tuple[Any, Callable[..., None], Callable[..., int]]:
+    """The checkpoint or the GGUF file, and the functions that check scores of it and prune it."""
+    if model.lower().endswith(".gguf") and Path(model).is_file():
+        from reapc.prune.gguf import GgufSource, check_scores_of_gguf, prune_gguf
+
+        return GgufSource(Path(model)), check_scores_of_gguf, prune_gguf
+    from reapc.checkpoint.reader import Checkpoint
+    from reapc.checkpoint.source import fetch
+    from reapc.prune.rewrite import check_scores, prune
+
+    return Checkpoint(fetch(model, revision, Path(".")), as_stored=True), check_scores, prune
 
 
 @click.command("prune")
@@ -32,7 +45,7 @@ CRITERIA = ["reap", "ean", "ean_sum", "frequency", "weighted_sum"]
     is_flag=True,
     help="Make one group of the router's groups, and choose experts freely: routing changes.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder (or GGUF file) to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary.")
 def command(
     model: str,
@@ -46,27 +59,28 @@ def command(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Write MODEL with only its most valuable experts to a new folder."""
-    from reapc.checkpoint.reader import Checkpoint
-    from reapc.checkpoint.source import fetch
+    """Write MODEL with only its most valuable experts to a new folder.
+
+    MODEL may be a GGUF file: its blocks are copied as they are, and the scores are those of the checkpoint that it was
+    made of.
+    """
     from reapc.cli.progress import make_progress
     from reapc.observe.scores import load_scores
     from reapc.prune.criteria import check_count, check_kept, choose, expert_values, groups_of, kept_count
-    from reapc.prune.rewrite import check_scores, prune
     from reapc.units import format_bytes
 
     if (ratio is None) == (experts is None):
         raise ReapcError("give one of --ratio and --experts")
-    checkpoint = Checkpoint(fetch(model, revision, Path(".")), as_stored=True)
-    spec = checkpoint.spec
+    source, check_scores, prune = _opened(model, revision)
+    spec = source.spec
     kept = experts if experts is not None else kept_count(spec.num_experts, float(ratio or 0))
     check_kept(kept, spec.num_experts, spec.top_k)
     check_count(spec, kept, dissolve_groups)
     scores = load_scores(scores_file)
-    check_scores(scores, checkpoint, scores_file)
+    check_scores(scores, source, scores_file)
     chosen = choose(scores, criterion, kept, groups_of(spec, dissolve_groups))
     size = prune(
-        checkpoint, chosen, out, make_progress(), mtp=mtp, dissolve_groups=dissolve_groups,
+        source, chosen, out, make_progress(), mtp=mtp, dissolve_groups=dissolve_groups,
         values=expert_values(scores, criterion),
     )  # fmt: skip
     if as_json:

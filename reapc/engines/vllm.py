@@ -81,11 +81,14 @@ class _Draft(NamedTuple):
 class Layouts:
     """Where the bytes of one model in one format go, for any expert count and every legal layout."""
 
-    def __init__(self, spec: ModelSpec, fmt: WeightFormat, kv: str, target: Target, serve: ServeSection) -> None:
+    def __init__(
+        self, spec: ModelSpec, fmt: WeightFormat, kv: str, target: Target, serve: ServeSection, keeps_mtp: bool = False
+    ) -> None:
         self.spec, self.fmt, self.kv, self.target, self.serve = spec, fmt, kv, target, serve
         self._costs: dict[tuple[int, int], list[_Cost]] = {}
         # with speculative decoding the MTP layers lie whole on the last stage
         self.drafts = spec.mtp_layers if serve.speculative == "mtp" else ()
+        self.keeps_mtp = keeps_mtp or bool(self.drafts)  # the file has them; vLLM loads them for drafting only
         self._drafting: dict[tuple[int, int], list[_Cost]] = {}
         self.legal: list[tuple[Layout, bool]] = []
         self.reasons: list[str] = []
@@ -112,7 +115,7 @@ class Layouts:
 
     @cached_property
     def _checkpoint(self) -> tuple[int, int]:
-        mtp = bool(self.drafts)
+        mtp = self.keeps_mtp
         one, two = (weights.checkpoint_bytes(self.fmt, self.spec.with_experts(n), mtp=mtp) for n in (1, 2))
         return 2 * one - two, two - one
 
@@ -139,18 +142,18 @@ class Layouts:
         tried = [self._placement(layout, kept, slow) for layout, slow in self.legal]
         return max(tried, key=lambda placement: placement.fullest.free_bytes)
 
-    def _kind_cost(self, kind: LayerKind, tp: int, ep: int, layer: int | None) -> _Cost:
+    def _kind_cost(self, fmt: WeightFormat, kind: LayerKind, tp: int, ep: int, layer: int | None) -> _Cost:
         fixed = unit = replicated = 0
         for group in kind.tensors:
             heads = _kv_heads(kind, self.spec)
-            held = weights.shard(self.fmt, group, tp, ep, heads, layer)
+            held = weights.shard(fmt, group, tp, ep, heads, layer)
             fixed += held.fixed
             if group.role == "expert":
                 unit += held.per_expert
             else:
                 wide = group.role == "router" and not group.dtype and self.spec.family in FLOAT32_ROUTER
                 replicated += held.per_expert * (2 if wide else 1)
-        fixed += _copied_keys(self.fmt, kind, tp, ep, _kv_heads(kind, self.spec), layer)
+        fixed += _copied_keys(fmt, kind, tp, ep, _kv_heads(kind, self.spec), layer)
         size = KV_TYPES[self.kv]["bytes"]
         tokens = 0
         for stream in kind.cache:
@@ -172,7 +175,7 @@ class Layouts:
             for layer in self.spec.layers:
                 kind = (id(layer.kind), layer.index if self.fmt.by_layer else None)
                 if kind not in known:
-                    known[kind] = self._kind_cost(layer.kind, tp, ep, kind[1])
+                    known[kind] = self._kind_cost(self.fmt, layer.kind, tp, ep, kind[1])
                 self._costs.setdefault(key, []).append(known[kind])
         return self._costs[key]
 
@@ -184,10 +187,10 @@ class Layouts:
         tp, ep = layout.tp, layout.ep
         key = (tp, 2 if ep > 1 else 1)
         if key not in self._drafting:
-            layers = [(layer.kind, layer.index if self.fmt.by_layer else None) for layer in self.drafts]
-            self._drafting[key] = [self._kind_cost(kind, tp, ep, index) for kind, index in layers]
-            heads = self.spec.num_kv_heads
-            outer = sum(weights.shard(self.fmt, group, tp, ep, heads).fixed for group in self.spec.mtp_outer)
+            fmt, heads = weights.of_mtp(self.fmt), self.spec.num_kv_heads
+            layers = [(layer.kind, layer.index if fmt.by_layer else None) for layer in self.drafts]
+            self._drafting[key] = [self._kind_cost(fmt, kind, tp, ep, index) for kind, index in layers]
+            outer = sum(weights.shard(fmt, group, tp, ep, heads).fixed for group in self.spec.mtp_outer)
             self._drafting[key].append(_Cost(outer, 0, 0, 0, 0))
         costs, held = self._drafting[key], -(-kept // ep)
         return _Draft(

@@ -189,7 +189,7 @@ def _expert_refusal(spec: ModelSpec, fmt: WeightFormat, group: TensorGroup, tp: 
     width = spec.expert_intermediate_size // tp
     if fmt.method in ("gptq", "ct", "auto-round"):
         marlin = DATA["marlin"]
-        inner = max(64, fmt.group_size) if fmt.method == "auto-round" else fmt.group_size
+        inner = max(64, fmt.group_size) if fmt.method == "auto-round" else fmt.group_size or 1
         hidden = {columns for _, columns in group.linears} if group.parallel == "expert" else set()
         fits = width % inner == 0
         if fmt.bits in marlin["bits"]:

@@ -7,9 +7,9 @@ from math import prod
 from typing import NamedTuple
 
 from reapc.arch import ModelSpec, TensorSpec
-from reapc.arch.spec import DTYPE_BYTES, TensorGroup
+from reapc.arch.spec import DTYPE_BYTES, LayerSpec, TensorGroup
 from reapc.errors import ReapcError
-from reapc.formats.weights import FP8_BLOCK, WeightFormat
+from reapc.formats.weights import FP8_BLOCK, WeightFormat, of_mtp
 
 HALF = ("F16", "BF16")  # the quantizers write scales of 16 bit in either, some of both in one file
 SAFETENSORS = {
@@ -51,11 +51,25 @@ class Part(NamedTuple):
 
 
 def tensors_of(spec: ModelSpec, *, mtp: bool = False) -> Iterator[tuple[TensorSpec, TensorGroup]]:
-    """Every tensor of the 16 bit checkpoint with its group (no vision), outer ones first; ``mtp``: MTP layers too."""
-    for group in (*spec.outer, *(spec.mtp_outer if mtp else ())):
+    """Every tensor of the 16 bit checkpoint with its group (no vision), outer ones first; ``mtp``: MTP layers too,
+    behind the others."""
+    yield from _tensors_of(spec, spec.outer, spec.layers)
+    if mtp:
+        yield from mtp_tensors_of(spec)
+
+
+def mtp_tensors_of(spec: ModelSpec) -> Iterator[tuple[TensorSpec, TensorGroup]]:
+    """Those of the MTP layers."""
+    yield from _tensors_of(spec, spec.mtp_outer, spec.mtp_layers)
+
+
+def _tensors_of(
+    spec: ModelSpec, outer: tuple[TensorGroup, ...], layers: tuple[LayerSpec, ...]
+) -> Iterator[tuple[TensorSpec, TensorGroup]]:
+    for group in outer:
         for tensor in group.expand("", spec.num_experts, None):
             yield tensor, group
-    for layer in (*spec.layers, *(spec.mtp_layers if mtp else ())):
+    for layer in layers:
         for group in layer.kind.tensors:
             for tensor in group.expand(f"{layer.prefix}.", spec.num_experts, layer.index):
                 yield tensor, group
@@ -63,8 +77,11 @@ def tensors_of(spec: ModelSpec, *, mtp: bool = False) -> Iterator[tuple[TensorSp
 
 def stored(fmt: WeightFormat, spec: ModelSpec, *, mtp: bool = False) -> Iterator[Stored]:
     """The same with the format that each tensor is stored in."""
-    for tensor, group in tensors_of(spec, mtp=mtp):
+    for tensor, group in tensors_of(spec):
         yield Stored(tensor, group, fmt.at(group, tensor.layer))
+    own = of_mtp(fmt)
+    for tensor, group in mtp_tensors_of(spec) if mtp else ():
+        yield Stored(tensor, group, own.at(group, tensor.layer))
 
 
 def parts(fmt: WeightFormat, rows: int, columns: int) -> tuple[Part, ...]:

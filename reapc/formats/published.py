@@ -23,6 +23,8 @@ def published_format(spec: ModelSpec) -> str | None:
             return _known(f"{method}-w{published.get('bits')}g{published.get('group_size')}")
         case "compressed-tensors":
             return _compressed_tensors(published)
+        case "modelopt":
+            return _modelopt(published)
     return None
 
 
@@ -38,11 +40,23 @@ def _compressed_tensors(published: dict[str, Any]) -> str | None:
             return f"nvfp4{only}"
         case "pack-quantized":
             return _known(f"ct-w{bits}g{stored.get('group_size')}{only}")
-        case "float-quantized" if stored.get("strategy") in ("channel", "block"):
-            return ("fp8" if stored["strategy"] == "channel" else "fp8-block") + only
+        case "float-quantized" if stored.get("strategy") in ("channel", "block", "tensor"):
+            return ("fp8-block" if stored["strategy"] == "block" else "fp8") + only
         case "int-quantized" if bits == 8 and stored.get("strategy") == "channel":
             return f"int8{only}"
     return None
+
+
+def _modelopt(published: dict[str, Any]) -> str | None:
+    layers = {str((own or {}).get("quant_algo")) for own in (published.get("quantized_layers") or {}).values()}
+    algorithms = layers or {str(published.get("quant_algo"))}
+    kept = any(
+        "self_attn" in name for name in (*(published.get("ignore") or ()), *(published.get("exclude_modules") or ()))
+    )
+    only = ":experts" if kept else ""
+    if algorithms & {"NVFP4", "W4A16_NVFP4"}:
+        return f"nvfp4{only}"
+    return f"fp8{only}" if algorithms == {"FP8"} else None
 
 
 def _known(name: str) -> str | None:

@@ -99,7 +99,7 @@ class WeightFormat:
         for override in self.overrides:
             if override.covers(group.role, layer):
                 bits = override.bits
-        return None if bits == KEPT_BITS else _plain(self.method, bits, self.group_size)
+        return None if bits == KEPT_BITS else plain(self.method, bits, self.group_size)
 
     def covers(self, group: TensorGroup, layer: int | None = None) -> bool:
         """Whether it stores the linears of this tensor."""
@@ -110,6 +110,15 @@ class WeightFormat:
         """Bits per weight of a large linear, scales and zero points counted."""
         rows = columns = 8192
         return 8 * self.linear_bytes(rows, columns) / (rows * columns)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether it is what a checkpoint lies in, rather than what a writer would make (``stored.AsStored``)."""
+        return False
+
+    def total_bytes(self, spec: ModelSpec) -> int | None:
+        """Bytes of all tensors where they were counted in files; None: shapes tell."""
+        return None
 
     def linear_bytes(self, rows: int, columns: int) -> int:
         """Bytes of one (rows, columns) linear with its scales, as stored; ReapcError when it does not divide."""
@@ -151,7 +160,7 @@ def _linear_bytes(method: Method, bits: int, group: int, rows: int, columns: int
 
 
 def _groups(columns: int, group_size: int) -> int:
-    return -(-columns // group_size)
+    return -(-columns // group_size) if group_size else 1
 
 
 def gptq_linear_bytes(rows: int, columns: int, bits: int, group_size: int, *, g_idx: bool) -> int:
@@ -187,7 +196,8 @@ def names() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=256)
-def _plain(method: Method, bits: int, group_size: int) -> WeightFormat:
+def plain(method: Method, bits: int, group_size: int) -> WeightFormat:
+    """The format of this method, without a suffix; a group size of 0: one scale for a whole row."""
     name = f"{method}-w{bits}g{group_size}" if method in _BITS else _name_of(method)
     return WeightFormat(name, method, bits, group_size)
 
@@ -248,17 +258,21 @@ def _override(name: str, text: str, fmt: WeightFormat) -> Override:
     return Override("", int(match[1]), int(match[2] or match[1]), bits)
 
 
-def placed_groups(
-    fmt: WeightFormat, spec: ModelSpec, *, mtp: bool = False
-) -> Iterator[tuple[TensorGroup, int | None, int]]:
-    """Every tensor group, a layer that it is in and how often it occurs so; layers are told apart only where the format
-    does."""
+def placed_groups(fmt: WeightFormat, spec: ModelSpec) -> Iterator[tuple[TensorGroup, int | None, int]]:
+    """Every tensor group of the main model, a layer that it is in and how often it occurs so; layers are told apart
+    only where the format does."""
     if not fmt.by_layer:
-        yield from ((group, None, count) for group, count in spec.groups(mtp))
+        yield from ((group, None, count) for group, count in spec.groups())
         return
-    yield from ((group, None, 1) for group in (*spec.outer, *(spec.mtp_outer if mtp else ())))
-    for layer in (*spec.layers, *(spec.mtp_layers if mtp else ())):
+    yield from ((group, None, 1) for group in spec.outer)
+    for layer in spec.layers:
         yield from ((group, layer.index, 1) for group in layer.kind.tensors)
+
+
+def of_mtp(fmt: WeightFormat) -> WeightFormat:
+    """What the MTP layers of a checkpoint in ``fmt`` are in: AutoRound and GPTQModel do not know these layers, so that
+    they stay in 16 bit; the FP8 cast takes them along."""
+    return plain("plain", KEPT_BITS, 0) if fmt.method in _BITS and not fmt.is_stored else fmt
 
 
 def stored_bytes(group: TensorGroup) -> int:
@@ -275,8 +289,16 @@ def group_bytes(fmt: WeightFormat, group: TensorGroup, experts: int, layer: int 
 
 def checkpoint_bytes(fmt: WeightFormat, spec: ModelSpec, *, mtp: bool = False) -> int:
     """Tensor bytes of the checkpoint: the main model, ``mtp`` layers if asked for, and the vision tower in 16 bits."""
-    placed = placed_groups(fmt, spec, mtp=mtp)
+    if (counted := fmt.total_bytes(spec)) is not None:
+        return counted
+    placed = placed_groups(fmt, spec)
     size = sum(group_bytes(fmt, group, spec.num_experts, layer) * count for group, layer, count in placed)
+    if mtp:
+        own = of_mtp(fmt)
+        size += sum(group_bytes(own, group, spec.num_experts) for group in spec.mtp_outer)
+        for layer_spec in spec.mtp_layers:
+            for group in layer_spec.kind.tensors:
+                size += group_bytes(own, group, spec.num_experts, layer_spec.index)
     return size + 2 * spec.vision_parameters
 
 

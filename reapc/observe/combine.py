@@ -121,8 +121,25 @@ def _observed(parts: list[Scores], names: list[str]) -> list[dict[str, Any]]:
                     )
                 seen[digest, shard] = name
                 mine["have"] = sorted([*mine["have"], shard])
+    _refuse_other_tokens(found, seen)
     # Complete is complete, however it was cut.
     return [{**e, "of": 1, "have": [1]} if len(e["have"]) == e["of"] else e for e in found.values()]
+
+
+def _refuse_other_tokens(found: dict[str, dict[str, Any]], seen: dict[tuple[str, int], str]) -> None:
+    """ReapcError where shards of tokens of one name are of different tokens: packed anew, or by other libraries."""
+    partial: dict[str, str] = {}
+    for digest, entry in found.items():
+        if len(entry["have"]) == entry["of"]:
+            continue
+        other = partial.setdefault(entry["source"], digest)
+        if other != digest:
+            a, b = (seen[one, found[one]["have"][0]] for one in (other, digest))
+            raise ReapcError(
+                f"{a} and {b} hold shards of different tokens, both called {entry['source']} (digests {other[:12]} and "
+                f"{digest[:12]})",
+                hint="every machine must observe the same file: `reapc corpora pack` writes one for --tokens",
+            )
 
 
 def mix(scores: Scores, weights: Mapping[str, float], where: str = "the scores") -> Scores:

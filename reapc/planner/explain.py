@@ -5,9 +5,9 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from reapc.arch import ModelSpec
 from reapc.engines import llamacpp, vllm, vllm_rules
 from reapc.engines.cache import kv_kind
+from reapc.errors import ReapcError
 from reapc.formats import gguf, gguf_sizes, weights
 from reapc.formats.gguf_types import TYPES
 from reapc.plan import HOST, RAM, Candidate, Plan
@@ -18,8 +18,9 @@ from reapc.planner.search import loss_method, router_cost
 Line = tuple[str, int, str]
 
 
-def tensor_groups(chosen: Candidate, spec: ModelSpec, imatrix: bool) -> list[dict[str, Any]]:
+def tensor_groups(chosen: Candidate, question: Question) -> list[dict[str, Any]]:
     """The format of every group of tensors: name, format, tensors, weights (a count) and bytes."""
+    spec = question.spec
     pruned = spec.with_experts(chosen.experts_kept)
     groups: dict[tuple[str, str], list[int]] = {}
 
@@ -29,12 +30,12 @@ def tensor_groups(chosen: Candidate, spec: ModelSpec, imatrix: bool) -> list[dic
             row[i] += amount
 
     if chosen.engine == "llama.cpp":
-        for tensor in gguf.tensor_types(pruned, chosen.format, imatrix):
+        for tensor in gguf.tensor_types(pruned, chosen.format, question.imatrix):
             name = tensor.name.removesuffix(".weight")
             part = name.split(".", 2)[2] if name.startswith("blk.") else name
             add(part, tensor.type, 1, prod(tensor.shape), tensor.data_bytes)
     else:
-        fmt = weights.parse(chosen.format)
+        fmt = question.format(chosen.format)
         assert fmt is not None
         for group, layer, layers in weights.placed_groups(fmt, pruned):
             stored = fmt.at(group, layer)
@@ -94,7 +95,7 @@ def plan_json(plan: Plan, question: Question) -> dict[str, Any]:
                 "moe_layers": len(spec.moe_layers),
             },
             "criterion": plan.criterion,
-            "tensors": tensor_groups(chosen, spec, question.imatrix),
+            "tensors": tensor_groups(chosen, question),
             "sizes": size_table(question, chosen.experts_kept),
             "loss_source": plan.loss_source,
             "reasons": list(plan.reasons),
@@ -106,9 +107,9 @@ def plan_json(plan: Plan, question: Question) -> dict[str, Any]:
 
 def arithmetic(plan: Plan, question: Question) -> list[Line]:
     """Lines (name, bytes, formula) behind the plan: the weights by kind, then what each device adds up to."""
-    chosen, spec = plan.chosen, question.spec
+    chosen = plan.chosen
     lines: list[Line] = []
-    for row in tensor_groups(chosen, spec, question.imatrix):
+    for row in tensor_groups(chosen, question):
         lines.append((f"{row['group']} {row['format']}", row["bytes"], _weights_formula(row, chosen)))
     kv, workspace, overhead, ram = _formulas(chosen, question)
     for device in chosen.placement.devices:
@@ -133,7 +134,10 @@ def _weights_formula(row: dict[str, Any], chosen: Candidate) -> str:
     if chosen.engine == "llama.cpp":
         kind = TYPES[row["format"]]
         return f"{row['weights']} weights / {kind.block} * {kind.block_bytes} bytes"
-    fmt = weights.parse(row["format"]) if row["format"] not in ("float32", "int64", "bfloat16") else None
+    try:
+        fmt = weights.parse(row["format"])
+    except ReapcError:  # of a checkpoint that is kept as it is: a group size that no writer has
+        fmt = None
     if fmt is None or not fmt.quantized:
         return f"{row['weights']} weights * {row['bytes'] / max(row['weights'], 1):g} bytes"
     scales = f"groups of {fmt.group_size}" if fmt.group_size else "channels"

@@ -9,6 +9,7 @@ from typing import Any
 from reapc.arch import ModelSpec
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.formats import weights
+from reapc.formats.stored import as_published
 from reapc.plan import Candidate, Refusal
 from reapc.planner.question import ENGINES, Question, auto_pairs, format_pairs, kept_counts
 from reapc.planner.reasons import nothing_fits
@@ -80,6 +81,7 @@ def question_of(model: str, spec: ModelSpec, wish: Wish) -> Question:
     return Question(
         model=model, spec=spec, target=wish.target, serve=wish.serve, pairs=pairs, counts=counts,
         max_ratio=wish.max_ratio, counts_fixed=wish.experts is not None, formats_fixed=wish.format is not None,
+        stored=as_published(spec),
     )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from reapc.errors import CannotBeDone, ReapcError
 from reapc.formats import weights, writers
 from reapc.formats.gguf_types import DEFAULT_TYPES
 from reapc.formats.published import published_format
+from reapc.formats.stored import AsStored, as_published
+from reapc.formats.weights import WeightFormat
 from reapc.plan import EngineName
 from reapc.planner import prior
 from reapc.recipe import Recipe, ServeSection
@@ -42,7 +44,8 @@ EXPORTS = {"auto_round": "auto-round", "auto_gptq": "gptq", "gptq": "gptq", "llm
 class Question:
     """``counts`` are the expert counts that may be kept, largest first; ``pairs`` the engines and formats to try.
     ``measured`` gives the loss of pruning to a count where it was measured. ``counts_fixed`` and ``formats_fixed``
-    say that the user fixed them."""
+    say that the user fixed them. ``stored`` is the format that the checkpoint is published in, None where that is
+    16 bit or not known. ``keeps_mtp``: MTP layers stay in the result."""
 
     model: str
     spec: ModelSpec
@@ -55,6 +58,12 @@ class Question:
     measured: Callable[[int], float] | None = None
     counts_fixed: bool = False
     formats_fixed: bool = False
+    stored: AsStored | None = None
+    keeps_mtp: bool = False
+
+    def format(self, name: str) -> WeightFormat | None:
+        """The format of this name for this checkpoint; None for llama.cpp's."""
+        return self.stored if self.stored is not None and name == self.stored.name else weights.parse(name)
 
     def prune_loss(self, kept: int) -> float:
         """The predicted cost of keeping ``kept`` experts."""
@@ -142,9 +151,12 @@ def auto_pairs(spec: ModelSpec, engine: str = "auto", buildable: bool = False) -
 
 
 def writable(name: str, spec: ModelSpec | None = None) -> bool:
-    """Whether `reapc build` of this version can write the format (of such a model); the planner knows more."""
+    """Whether `reapc build` of this version can write the format (of such a model), or copy what is in it already; the
+    planner knows more."""
     fmt = weights.parse(name)
-    return name in DEFAULT_TYPES if fmt is None else writers.why_not(fmt, spec) is None
+    if fmt is None:
+        return name in DEFAULT_TYPES
+    return writers.why_not(fmt, spec) is None or (spec is not None and name == native_format(spec))
 
 
 def format_pairs(name: str, engine: str) -> tuple[tuple[EngineName, str], ...]:
@@ -163,9 +175,10 @@ def format_pairs(name: str, engine: str) -> tuple[tuple[EngineName, str], ...]:
 
 def from_recipe(
     recipe: Recipe, spec: ModelSpec, model: str, measured: Callable[[int], float] | None = None,
-    buildable: bool = False,
+    buildable: bool = False, stored: AsStored | None = None,
 ) -> Question:  # fmt: skip
-    """The question that a recipe asks. ``buildable`` leaves only formats that this version can write."""
+    """The question that a recipe asks. ``buildable`` leaves only formats that this version can write. ``stored``: the
+    checkpoint's own format as counted in its files; without it the config tells."""
     prune, serve = recipe.prune, recipe.serve
     if serve.context > spec.max_context:
         raise ReapcError(
@@ -177,10 +190,10 @@ def from_recipe(
             f'serve.speculative = "mtp": {model} stores no multi-token-prediction layers that reapc knows',
             hint='remove it, or set "none"',
         )
-    if serve.speculative == "mtp" and buildable:
+    if serve.speculative == "mtp" and buildable and prune.mtp != "prune":
         raise CannotBeDone(
-            'serve.speculative = "mtp": `reapc build` of this version leaves MTP layers out of what it writes',
-            hint='set "none"; `reapc plan` counts what they would need',
+            'serve.speculative = "mtp", but prune.mtp = "drop" leaves out the MTP layers that would draft',
+            hint='set prune.mtp = "prune", or serve.speculative = "none"',
         )
     counts = kept_counts(
         spec,
@@ -202,6 +215,8 @@ def from_recipe(
         measured=measured,
         counts_fixed=prune.method == "none" or prune.ratio != "auto" or prune.experts != "auto",
         formats_fixed=(recipe.quantize.method, recipe.quantize.format, recipe.quantize.bits) != ("auto",) * 3,
+        stored=stored or as_published(spec),
+        keeps_mtp=prune.mtp == "prune" and bool(spec.mtp_layers),
     )
 
 
@@ -244,7 +259,7 @@ def _named_pairs(recipe: Recipe, spec: ModelSpec) -> tuple[tuple[EngineName, str
     if quantize.format not in ("auto", *EXPORTS):
         pairs = format_pairs(quantize.format, serve.engine)
         fmt = weights.parse(pairs[0][1])
-        if quantize.method == "none" and pairs[0][1] not in ("bf16", "BF16"):
+        if quantize.method == "none" and pairs[0][1] not in ("bf16", "BF16", native_format(spec)):
             raise ReapcError(f'quantize.format = "{quantize.format}" but quantize.method = "none"')
         if quantize.method in _METHODS and (not fmt or writers.writer(fmt, quantize.method) is None):
             raise ReapcError(
@@ -253,7 +268,7 @@ def _named_pairs(recipe: Recipe, spec: ModelSpec) -> tuple[tuple[EngineName, str
             )
         return pairs
     if quantize.method == "none":
-        return format_pairs("bf16", serve.engine)
+        return _kept_pairs(spec, serve.engine)
     pairs = auto_pairs(spec, serve.engine)
     if quantize.bits != "auto" and serve.engine in ("auto", "llama.cpp"):
         pairs = (*(p for p in pairs if p[0] == "vllm"), *(("llama.cpp", name) for name in DEFAULT_TYPES))
@@ -270,6 +285,23 @@ def _named_pairs(recipe: Recipe, spec: ModelSpec) -> tuple[tuple[EngineName, str
     if quantize.group_size != "auto":
         pairs = tuple(p for p in pairs if (f := weights.parse(p[1])) and f.group_size == quantize.group_size)
     return pairs
+
+
+def _kept_pairs(spec: ModelSpec, engine: str) -> tuple[tuple[EngineName, str], ...]:
+    """The formats that nothing is quantized for: the checkpoint's own in vLLM, and what the converter makes of it."""
+    if not spec.quantization:
+        return format_pairs("bf16", engine)
+    native = native_format(spec)
+    pairs: list[tuple[EngineName, str]] = [("vllm", native)] if native else []
+    pairs.append(("llama.cpp", "BF16"))
+    found = tuple(pair for pair in pairs if engine in ("auto", pair[0]))
+    if not found:
+        raise CannotBeDone(
+            f'quantize.method = "none": the checkpoint is published with quant_method = '
+            f"{spec.quantization.get('quant_method')!r}, in a layout that reapc does not plan in vLLM as it is",
+            hint='quantize.format = "bf16" decodes it; `reapc prune` copies its bytes all the same',
+        )
+    return found
 
 
 def _with_mixed(pairs: tuple[tuple[EngineName, str], ...], mixed: dict[str, int]) -> tuple[tuple[EngineName, str], ...]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from reapc.arch import ModelSpec
 from reapc.engines import llamacpp
 from reapc.errors import CannotBeDone
+from reapc.formats.gguf import native_expert_type
 from reapc.plan import HOST, Candidate, Refusal
 from reapc.planner.question import Question, kept_counts, writable
 from reapc.units import format_bytes
@@ -41,6 +42,7 @@ def reasons(question: Question, ranked: list[Candidate], refused: list[Refusal],
         lines.append(
             f"Next best: {other.engine} {other.format}, {other.experts_kept} experts, KL {other.predicted_loss:.4f}."
         )
+    lines += _source_reasons(question, ranked, refused)
     if not writable(best.format, question.spec):
         ours = next((item for item in ranked if writable(item.format, question.spec)), None)
         instead = f"it would take {ours.engine} {ours.format}, {ours.experts_kept} experts" if ours else "nothing fits"
@@ -51,6 +53,27 @@ def reasons(question: Question, ranked: list[Candidate], refused: list[Refusal],
         lines.append(f"Too large even at the fewest experts allowed: {', '.join(too_large[:MAX_LISTED])}{rest}.")
     lines += engine_refusals(refused)
     return lines
+
+
+def _source_reasons(question: Question, ranked: list[Candidate], refused: list[Refusal]) -> list[str]:
+    """What becomes of a checkpoint that is published quantized."""
+    stored, best = question.stored, ranked[0]
+    if stored is None or not stored.quantized:
+        return []
+    own = f"{stored.name} is what the checkpoint is published in"
+    if (best.engine, best.format) == ("vllm", stored.name):
+        return [f"{own}: kept experts are copied byte for byte, and nothing is quantized again."]
+    decoded = "this plan starts from its weights decoded to 16 bit"
+    if best.engine == "llama.cpp" and (packed := native_expert_type(question.spec)):
+        decoded = f"llama.cpp's converter keeps its experts in {packed}"
+    other = next((item for item in ranked if (item.engine, item.format) == ("vllm", stored.name)), None)
+    if other is not None:
+        kept = f"{other.experts_kept} of its experts would fit, KL {other.predicted_loss:.4f}"
+        return [f"{own}: copied as it is, {kept}; {decoded}."]
+    reason = next((r.reason for r in refused if (r.engine, r.format) == ("vllm", stored.name)), None)
+    if reason is not None:
+        return [f"{own}, and cannot stay so in vLLM: {reason}; {decoded}."]
+    return [f"{own}, which the recipe does not ask for; {decoded}."]
 
 
 def split_reason(spec: ModelSpec) -> str:

@@ -17,6 +17,7 @@ from reapc.errors import CannotBeDone
 from reapc.formats import weights
 from reapc.formats.gguf_sizes import sizes as sizes_of
 from reapc.formats.gguf_types import DEFAULT_TYPES, TYPES
+from reapc.formats.stored import AsStored
 from reapc.plan import Candidate, EngineName, Plan, Refusal
 from reapc.planner import prior
 from reapc.planner.question import Question, from_recipe, kept_counts, native_format
@@ -70,9 +71,13 @@ def legal(question: Question, engine: EngineName, fmt: str, kv: str) -> str | No
     """Why this cannot be served at any expert count, or None."""
     spec, target, serve = question.spec, question.target, question.serve
     if engine == "llama.cpp":
+        if question.keeps_mtp:
+            return 'prune.mtp = "prune" is for vLLM: reapc plans llama.cpp without MTP layers'
         return llamacpp.refusal(spec, fmt, target, serve, kv, question.imatrix)
-    parsed = weights.parse(fmt)
+    parsed = question.format(fmt)
     assert parsed is not None
+    if question.stored is not None and parsed is question.stored and question.stored.refusal:
+        return question.stored.refusal
     return vllm_rules.refusal(spec, parsed, target, serve, kv)
 
 
@@ -80,9 +85,9 @@ def layouts_of(question: Question, engine: EngineName, fmt: str, kv: str) -> Lay
     """The sizes of a legal combination, for any expert count."""
     if engine == "llama.cpp":
         return llamacpp.Layouts(question.spec, fmt, kv, question.target, question.serve, question.imatrix)
-    parsed = weights.parse(fmt)
+    parsed = question.format(fmt)
     assert parsed is not None
-    return vllm.Layouts(question.spec, parsed, kv, question.target, question.serve)
+    return vllm.Layouts(question.spec, parsed, kv, question.target, question.serve, question.keeps_mtp)
 
 
 def least_bytes(question: Question, engine: EngineName, fmt: str) -> int:
@@ -185,16 +190,17 @@ def _in_order(question: Question, exhaustive: bool) -> list[tuple[float, EngineN
         return [(0.0, engine, fmt) for engine, fmt in question.pairs]
     spec, found = question.spec, []
     for engine, fmt in question.pairs:
-        bits = _bits(spec, engine, fmt, question.imatrix)
+        bits = _bits(question, engine, fmt)
         found.append((0.0 if bits is None else quantization_loss(spec, engine, fmt, bits), engine, fmt))
     return sorted(found, key=lambda row: row[0])
 
 
-def _bits(spec: ModelSpec, engine: EngineName, fmt: str, imatrix: bool) -> float | None:
+def _bits(question: Question, engine: EngineName, fmt: str) -> float | None:
     """Mean bits per expert weight of a format, None where the model cannot be stored in it."""
+    spec = question.spec
     if engine == "llama.cpp":
-        return sizes_of(spec, fmt, imatrix).expert_bits if spec.gguf_arch else None
-    parsed = weights.parse(fmt)
+        return sizes_of(spec, fmt, question.imatrix).expert_bits if spec.gguf_arch else None
+    parsed = question.format(fmt)
     if parsed is None or weights.misfit(parsed, spec):
         return None
     return weights.expert_bits(parsed, spec)
@@ -330,7 +336,9 @@ def make_plan(
     measured: Callable[[int], float] | None = None,
     *,
     buildable: bool = False,
+    stored: AsStored | None = None,
 ) -> Plan:
-    """The plan of a recipe. ``buildable``: only what this version of ``reapc build`` can write."""
-    question = from_recipe(recipe, spec, model_name, measured, buildable)
+    """The plan of a recipe. ``buildable``: only what this version of ``reapc build`` can write. ``stored``: the
+    checkpoint's own format with its bytes, where it is at hand."""
+    question = from_recipe(recipe, spec, model_name, measured, buildable, stored)
     return answer(question, "reap" if recipe.prune.method == "auto" else recipe.prune.method)

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from reapc.arch.spec import LayerSpec, TensorGroup, TensorSpec
-from reapc.checkpoint.quantization import quantization_config
 from reapc.checkpoint.reader import Checkpoint, several
 from reapc.checkpoint.safetensors_file import DTYPE_BYTES, TensorEntry
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.formats.layout import linear_modules
+from reapc.formats.quantization import quantization_config
 from reapc.prune.names import Names, is_complete, known_parts, moe_layers
 
 

@@ -2,7 +2,7 @@
 
 An entry (a name, a part of one, a regular expression) stays as it is while it says the same of every expert of a layer.
 One that tells experts apart is replaced by the names of the modules that it decides about, as they are called now. How
-entries match, and which one decides, are the rules of the libraries (see checkpoint/quantization.py).
+entries match, and which one decides, are the rules of the libraries (see formats/quantization.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from copy import deepcopy
 from typing import Any
 
 from reapc.errors import CannotBeDone, ReapcError
+from reapc.formats.quantization import wildcard
 from reapc.prune.names import Names
 
 FILES = ("quantize_config.json", "quantization_config.json")  # where GPTQModel and AutoRound write it once more
@@ -51,6 +52,8 @@ class ModuleLists:
             handled = self._auto_round(result)
         elif method == "compressed-tensors":
             handled = self._compressed_tensors(result)
+        elif method == "modelopt":
+            handled = self._modelopt(result)
         else:
             handled = [key for key in ("modules_to_not_convert", "ignored_layers") if key in config]
             for key in handled:
@@ -131,6 +134,21 @@ class ModuleLists:
             if isinstance(group, dict) and group.get("targets"):
                 group["targets"] = self._list(f"config_groups.{name}.targets", group["targets"], matches)
         return ["ignore", "config_groups"]
+
+    def _modelopt(self, config: dict[str, Any]) -> list[str]:
+        def matches(entry: str, module: str) -> bool:
+            return wildcard(entry).fullmatch(module) is not None
+
+        lists = [key for key in ("ignore", "exclude_modules") if config.get(key)]
+        for key in lists:
+            config[key] = self._list(key, config[key], matches)
+        if layers := config.get("quantized_layers"):
+            found: dict[str, Any] = {}
+            for entry, value in layers.items():
+                new = self._new("quantized_layers", entry, [m for m in self._modules if matches(entry, m)])
+                found |= dict.fromkeys([entry] if new is None else new, value)
+            config["quantized_layers"] = found
+        return [*lists, "quantized_layers"]
 
     def _pattern(self, key: str, text: str) -> re.Pattern[str]:
         try:

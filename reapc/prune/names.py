@@ -24,6 +24,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "gptq": ("weight", "qweight", "qzeros", "scales", "g_idx"),
     "auto-round": ("weight", "qweight", "qzeros", "scales", "g_idx"),
     "mxfp4": ("weight",),
+    "fbgemm_fp8": ("weight", "weight_scale", "input_scale"),
+    "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
 }  # fmt: skip
 # What follows the name of a tensor that holds all experts, each part with the experts on its first axis.
 FUSED_PARTS = ("_blocks", "_scales", "_scale_inv", "_scale", "_packed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reapc.arch import ModelSpec
+from reapc.arch.spec import LayerSpec
 from reapc.checkpoint.atomic import atomic_path, partial_of, require_room
-from reapc.checkpoint.quantization import quantization_config
+from reapc.checkpoint.config import MODELOPT
 from reapc.checkpoint.reader import INDEX, Checkpoint
 from reapc.checkpoint.safetensors_file import OutTensor, TensorEntry, write_copied
 from reapc.checkpoint.side_files import copy_side_files
 from reapc.checkpoint.streamed_writer import write_index
 from reapc.errors import CannotBeDone, ReapcError
+from reapc.formats.quantization import quantization_config
 from reapc.observe.scores import Scores
 from reapc.progress import Progress
 from reapc.prune.criteria import best_of, check_groups, groups_of, router_norms
@@ -106,17 +108,19 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(f"{first}-{last}" if first != last else str(first) for first, last in runs)
 
 
-def _with_mtp(checkpoint: Checkpoint, kept: Kept, groups: int, progress: Progress) -> Kept:
-    """``kept`` with the MTP layers that it does not speak of."""
+def kept_with_mtp(
+    spec: ModelSpec, kept: Kept, groups: int, norms: Callable[[LayerSpec], NDArray[Any]], progress: Progress
+) -> Kept:
+    """``kept`` with the MTP layers that it does not speak of; ``norms`` are those of a layer's router rows."""
     count = len(next(iter(kept.values())))
-    unseen = [layer for layer in checkpoint.spec.mtp_layers if layer.is_moe and layer.index not in kept]
+    unseen = [layer for layer in spec.mtp_layers if layer.is_moe and layer.index not in kept]
     if unseen:
         progress.log(
             f"prune: the MTP layers ({len(unseen)}) were not observed: they keep the {count} experts whose router rows "
             "are longest (L2 norm), which is a guess. Drafts may be accepted less often; the output does not suffer, "
             "since every draft is verified"
         )
-    found = {layer.index: best_of(router_norms(checkpoint, layer), count, groups) for layer in unseen}
+    found = {layer.index: best_of(norms(layer), count, groups) for layer in unseen}
     return {**kept, **found}
 
 
@@ -143,7 +147,8 @@ def prune(
         raise CannotBeDone(f"{checkpoint.folder}: how {spec.family} states its MTP layers is not known in this version")
     check_layout(checkpoint, names, with_mtp)
     if with_mtp:
-        kept = _with_mtp(checkpoint, kept, groups_of(spec, dissolve_groups), progress)
+        groups = groups_of(spec, dissolve_groups)
+        kept = kept_with_mtp(spec, kept, groups, lambda layer: router_norms(checkpoint, layer), progress)
     else:
         kept = {layer: experts for layer, experts in kept.items() if layer in spec.moe_layers}
     files = _json_files(checkpoint, kept, names, _pruned_config(checkpoint, count, with_mtp, dissolve_groups))
@@ -153,7 +158,7 @@ def prune(
     if out.exists():
         raise ReapcError(f"{out}: exists already", hint="remove it or choose another folder")
     require_room(out.parent, total, "the pruned checkpoint")
-    _say(spec, with_mtp, dissolve_groups, progress)
+    say(spec, with_mtp, dissolve_groups, progress)
     with atomic_path(out) as partial:
         partial.mkdir(parents=True)
         copy_side_files(
@@ -168,6 +173,7 @@ def prune(
             for name, tensors in shards.items():
                 written += write_copied(partial / name, tensors, checkpoint.metadata[name])
                 advance(sum(tensor.bytes for tensor in tensors))
+        checkpoint.check_unchanged()
         for name in tables:
             (partial / f".{name}").unlink()
         if (checkpoint.folder / INDEX).is_file():
@@ -175,11 +181,11 @@ def prune(
     return written
 
 
-def _say(spec: ModelSpec, with_mtp: bool, dissolve_groups: bool, progress: Progress) -> None:
-    """What the user has to know of the result."""
+def say(spec: ModelSpec, with_mtp: bool, dissolve_groups: bool, progress: Progress, where: str = "config.json") -> None:
+    """What the user has to know of the result. ``where``: what holds its counts."""
     if spec.mtp_layers and not with_mtp:
         progress.log(
-            f"prune: the MTP layers ({len(spec.mtp_layers)}) are left out, and config.json says so "
+            f"prune: the MTP layers ({len(spec.mtp_layers)}) are left out, and {where} says so "
             f"({', '.join(spec.mtp_count_keys)} = 0): no speculative decoding with the result"
         )
     if spec.n_group > 1 and dissolve_groups:
@@ -218,19 +224,22 @@ def _pruned_config(checkpoint: Checkpoint, count: int, with_mtp: bool, dissolve_
 
 def _json_files(checkpoint: Checkpoint, kept: Kept, names: Names, config: dict[str, Any]) -> dict[str, Any]:
     """config.json, and the quantizers' own files beside it, with their lists of modules in the new numbers."""
-    if quantization_config(config) is None:
-        return {"config.json": config}
+    files: dict[str, Any] = {"config.json": config}
+    stated = quantization_config(checkpoint.config)
+    if stated is None:
+        return files
     lists = ModuleLists(names, kept, checkpoint.entries, str(checkpoint.folder / "config.json"))
-    section = config if config.get("quantization_config") else config["text_config"]
-    section["quantization_config"] = lists.rewritten(section["quantization_config"])
-    files = {"config.json": config}
-    for name in FILES:
+    if quantization_config(config) is not None:
+        section = config if config.get("quantization_config") else config["text_config"]
+        section["quantization_config"] = lists.rewritten(section["quantization_config"])
+    for name in (*FILES, MODELOPT):
         path = checkpoint.folder / name
         if path.is_file():
-            content = json.loads(path.read_text())
-            method = {"quant_method": section["quantization_config"].get("quant_method")}
-            new = lists.rewritten({**method, **content})
-            files[name] = {key: new[key] for key in content}
+            whole = json.loads(path.read_text())
+            content = whole["quantization"] if name == MODELOPT else whole
+            new = lists.rewritten({"quant_method": stated.get("quant_method"), **content})
+            own = {key: new[key] for key in content}
+            files[name] = {**whole, "quantization": own} if name == MODELOPT else own
     return files
 
 

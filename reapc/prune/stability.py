@@ -21,8 +21,8 @@ class Stability:
     would give ``chance`` (the share dropped).
 
     ``halves``: odd against even parts of the data. ``curve``: (sequences, tokens, overlap with the choice from all)
-    for growing shares of the data. ``domains``: overlap of each pair of domains. ``unused``: experts by domain and layer that no
-    token of the domain was routed to. ``dead``: their number by layer over all domains."""
+    for growing shares of the data. ``domains``: overlap of each pair of domains. ``unused``: experts by
+    domain and layer that no token of the domain was routed to. ``dead``: their number by layer over all domains."""
 
     criterion: str
     kept: int

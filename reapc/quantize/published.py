@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reapc.arch import load_config
 from reapc.checkpoint.atomic import require_room
+from reapc.checkpoint.config import checkpoint_config
 from reapc.checkpoint.reader import INDEX, Checkpoint
 from reapc.checkpoint.shards import Shards
 from reapc.checkpoint.side_files import copy_side_files
@@ -36,7 +36,7 @@ SIDE = 32
 
 def open_source(source: Path, fmt: WeightFormat, out: Path) -> Checkpoint:
     """The checkpoint; ReapcError where it is quantized already, the format does not divide it, or ``out`` is there."""
-    refuse_quantized(load_config(source), source)  # first: a quantized one lacks the tensors of its 16 bit layout
+    refuse_quantized(checkpoint_config(source), source)  # first: a quantized one lacks the tensors of its 16 bit layout
     checkpoint = Checkpoint(source)
     if out.exists():
         raise ReapcError(f"{out}: exists already", hint="remove it or choose another folder")
@@ -140,18 +140,22 @@ class _Raw(Shards):
                 hint="this architecture is not one that this version of the quantizer knows; "
                 "take another quantize.method or leave the part in 16 bit with NAME+PART=16",
             )
-        if entry.shape != part.shape or entry.dtype not in part.dtypes:
+        # AutoRound computes in float32 on a CPU without bf16, and its compressed-tensors then has scales of that.
+        dtype = "F16" if entry.dtype == "F32" and "F16" in part.dtypes else entry.dtype
+        if entry.shape != part.shape or dtype not in part.dtypes:
             raise CannotBeDone(
                 f"the quantizer wrote {name} as {entry.dtype} {list(entry.shape)}, "
                 f"{' or '.join(part.dtypes)} {list(part.shape)} was planned"
             )
-        return Slot(name, entry.dtype, entry.shape)
+        return Slot(name, dtype, entry.shape)
 
     def checked(self, slot: Slot) -> torch.Tensor:
         """The tensor, refused when a scale is not a number or the columns are not in their order."""
         import torch
 
         tensor = self.stored_tensor(slot.name)
+        if slot.dtype == "F16":
+            tensor = tensor.to(torch.float16)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CannotBeDone(
                 f"the quantizer wrote scales that are no numbers: {slot.name}",

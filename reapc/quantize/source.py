@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from reapc.checkpoint.quantization import quantization_config
 from reapc.errors import ReapcError
+from reapc.formats.quantization import quantization_config
 
 
 def refuse_quantized(config: dict[str, Any], where: Path) -> None:

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from reapc.arch import ModelSpec
+from reapc.arch import ModelSpec, load_config
 from reapc.checkpoint.atomic import make_folder, remove
 from reapc.formats import weights
 from reapc.progress import Progress
+from reapc.stream.families import TRANSFORMERS_TYPE
 from reapc.stream.tokens import Tokens
 from reapc.toolchain import run_logged
 
@@ -57,6 +58,24 @@ def needed_bytes(spec: ModelSpec, tool: str) -> int:
     whole, largest = model_bytes(spec)
     models, layers = _COPIES[tool]
     return int(models * whole + layers * largest) + _LOADED_BYTES
+
+
+def known_to_transformers(source: Path, work: Path) -> Path:
+    """``source``, or where transformers knows its model_type by another name only (kimi_k2), a folder in ``work`` of
+    links to its files with that name in config.json."""
+    config = load_config(source)
+    model_type = TRANSFORMERS_TYPE.get(str(config.get("model_type")))
+    if model_type is None:
+        return source
+    view = work / "source"
+    remove(view)
+    view.mkdir()
+    for path in source.absolute().iterdir():
+        if path.name != "config.json":
+            (view / path.name).symlink_to(path)
+    config = {key: value for key, value in config.items() if key not in ("auto_map", "architectures")}
+    (view / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    return view
 
 
 @contextmanager
@@ -98,6 +117,7 @@ def run(
         work / "tokens.safetensors",
     )
     settings = {"raw": str(work / "raw"), "tokens": str(work / "tokens.safetensors"), "threads": threads, **request}
+    settings["source"] = str(known_to_transformers(Path(request["source"]), work))
     (work / "request.json").write_text(json.dumps({**settings, "result": str(work / "result.json")}))
     command: list[str | Path] = [sys.executable, "-P", Path(__file__).with_name(script), work / "request.json"]
     with progress.task(what, layers, "layers") as advance:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterator
 from copy import deepcopy
 from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from reapc.arch.spec import ModelSpec, TensorGroup
+from reapc.arch.spec import ModelSpec, TensorGroup, TensorSpec
+from reapc.checkpoint.packed import PackedLinear, find_packed
 from reapc.checkpoint.streamed_writer import Slot, write_index, write_streamed
-from reapc.formats import weights
 from reapc.formats.layout import SAFETENSORS, tensors_of
-from reapc.progress import Progress
+from reapc.formats.quantization import Quantization, quantization_of
+from reapc.rehearse import packed
 from reapc.rehearse.shrink import Shrunk
 from reapc.stream.families import text_config
 
@@ -36,42 +37,65 @@ class Written(NamedTuple):
     vision: int
 
 
-def write_checkpoint(shrunk: Shrunk, folder: Path, progress: Progress, towers: bool = True) -> Written:
+class _Piece(NamedTuple):
+    """A tensor of the plain model, and the tensors on disk that it becomes: itself, or the parts of its packing."""
+
+    plain: Slot
+    group: TensorGroup | None
+    slots: tuple[Slot, ...]
+    packed: PackedLinear | None = None
+
+
+def write_checkpoint(shrunk: Shrunk, folder: Path, towers: bool = True) -> Written:
     """Writes weights, their index, config.json and generation_config.json of the tiny model to ``folder``, which has
-    its tokenizer already. ``towers``: the vision tower too, where transformers' class has the numbers that the config
-    says. An FP8 source becomes FP8."""
-    tensors = list(tensors_of(shrunk.spec, mtp=True))
+    its tokenizer already, in the packing that the source is published in. ``towers``: the vision tower too, where
+    transformers' class has the numbers that the config says."""
     tower = vision_shapes(shrunk.config, shrunk.spec) if towers and shrunk.spec.vision_parameters else {}
-    plain = folder if shrunk.fp8 is None else folder / ".bf16"
-    plain.mkdir(exist_ok=True)
-    if plain != folder:
-        for path in folder.iterdir():
-            if path.is_file():
-                shutil.copyfile(path, plain / path.name)
     config = shrunk.config
-    (plain / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     text = text_config(config)
     ids = {key: value for key in ("bos_token_id", "eos_token_id", "pad_token_id") if (value := text.get(key))}
-    (plain / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
     dtype = SAFETENSORS.get(shrunk.spec.dtype, "BF16")
-    slots = [(Slot(t.name, SAFETENSORS[group.dtype] if group.dtype else dtype, t.shape), group) for t, group in tensors]
-    total = sum(slot.bytes for slot, _ in slots)
-    shards: dict[str, list[tuple[Slot, TensorGroup | None]]] = {}
+    quantization = quantization_of(config, str(folder / "config.json"))
+    pieces = [_piece(tensor, group, dtype, quantization) for tensor, group in tensors_of(shrunk.spec, mtp=True)]
+    total = sum(slot.bytes for piece in pieces for slot in piece.slots)
+    shards: dict[str, list[_Piece]] = {}
     done = 0
-    for slot, group in slots:
+    for piece in pieces:
         number = min(done * SHARDS // max(total, 1), SHARDS - 1) + 1
-        shards.setdefault(f"model-{number:05}-of-{SHARDS:05}.safetensors", []).append((slot, group))
-        done += slot.bytes
-    last = f"model-{SHARDS:05}-of-{SHARDS:05}.safetensors"
-    shards.setdefault(last, []).extend((Slot(name, dtype, shape), None) for name, shape in tower.items())
-    for name, entries in shards.items():
-        values = (random_tensor(slot, group, shrunk.spec) for slot, group in entries)
-        write_streamed(plain / name, [slot for slot, _ in entries], values, {"format": "pt"})
-    write_index(plain, {name: [slot for slot, _ in entries] for name, entries in shards.items()})
-    if shrunk.fp8 is not None:
-        _to_fp8(plain, folder, shrunk.fp8, progress)
+        shards.setdefault(f"model-{number:05}-of-{SHARDS:05}.safetensors", []).append(piece)
+        done += sum(slot.bytes for slot in piece.slots)
+    outside = [Slot(name, dtype, shape) for name, shape in tower.items()]
+    last = shards.setdefault(f"model-{SHARDS:05}-of-{SHARDS:05}.safetensors", [])
+    last += [_Piece(slot, None, (slot,)) for slot in outside]
+    for name, own in shards.items():
+        values = (tensor for piece in own for tensor in _tensors(piece, shrunk.spec))
+        write_streamed(folder / name, [slot for piece in own for slot in piece.slots], values, {"format": "pt"})
+    write_index(folder, {name: [slot for piece in own for slot in piece.slots] for name, own in shards.items()})
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return Written(size, len(slots) + len(tower), len(tower))
+    return Written(size, len(pieces) + len(tower), len(tower))
+
+
+def _piece(tensor: TensorSpec, group: TensorGroup, dtype: str, rules: Quantization | None) -> _Piece:
+    plain = Slot(tensor.name, SAFETENSORS[group.dtype] if group.dtype else dtype, tensor.shape)
+    found = find_packed(tensor, group, rules, {}, "the tiny model") if rules is not None else None
+    if found is None:
+        return _Piece(plain, group, (plain,))
+    dtypes = {name: packed.part_dtype(found.linear.packing, part) for name, part in found.parts.items()}
+    slots = tuple(Slot(name, dtypes[name], part.shape) for name, part in found.parts.items())
+    return _Piece(plain, group, slots, found.linear)
+
+
+def _tensors(piece: _Piece, spec: ModelSpec) -> Iterator[torch.Tensor]:
+    """The numbers of every slot, in their order."""
+    weight = random_tensor(piece.plain, piece.group, spec)
+    if piece.packed is None:
+        yield weight
+        return
+    values = packed.encode_all(weight, piece.packed)
+    for key, slot in zip(piece.packed.parts, piece.slots, strict=True):
+        yield values[key].reshape(slot.shape).to(_torch_dtype(slot.dtype))
 
 
 def random_tensor(slot: Slot, group: TensorGroup | None, spec: ModelSpec) -> torch.Tensor:
@@ -104,29 +128,9 @@ def _torch_dtype(name: str) -> torch.dtype:
 
     found = {
         "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-        "U8": torch.uint8,
+        "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
     }  # fmt: skip
     return found[name]
-
-
-def _to_fp8(plain: Path, folder: Path, published: dict[str, Any], progress: Progress) -> None:
-    """The bf16 checkpoint ``plain`` cast to FP8 in ``folder``, under the source's own quantization_config; ``plain``
-    goes."""
-    from reapc.quantize import fp8
-
-    fmt = weights.parse("fp8-block")
-    assert fmt is not None
-    out = folder / ".fp8"
-    fp8.quantize(plain, out, fmt, progress)
-    config = json.loads((out / "config.json").read_text())
-    ours = config["quantization_config"]
-    # the modules that stay are named layer by layer in some configs: ours are those of the tiny model
-    config["quantization_config"] = {**published, "modules_to_not_convert": ours["modules_to_not_convert"]}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in out.iterdir():
-        path.replace(folder / path.name)
-    out.rmdir()
-    shutil.rmtree(plain)
 
 
 def vision_shapes(config: dict[str, Any], spec: ModelSpec) -> dict[str, tuple[int, ...]]:

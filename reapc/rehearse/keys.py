@@ -59,4 +59,9 @@ SPREAD = 8
 MANY_MOE_LAYERS = 5
 MIXTRAL = 8  # llama-quantize takes any model with 8 experts for Mixtral
 
+# Lists of a quantization_config that name modules layer by layer in some models.
+MODULE_LISTS = ("modules_to_not_convert", "ignore")
+
+BESIDE = ("expert_dtype",)  # what DeepSeek-V4 says of its packing beside quantization_config
+
 DROPPED = ("quantization_config", "expert_dtype", "auto_map", "transformers_version")

@@ -10,6 +10,8 @@ from typing import Any
 from reapc.arch import ModelSpec
 from reapc.errors import ReapcError
 from reapc.formats import weights
+from reapc.mix import Mix
+from reapc.observe.corpora.presets import resolve
 from reapc.plan import Plan
 from reapc.planner.search import make_plan
 from reapc.recipe import Recipe, make_recipe
@@ -64,8 +66,7 @@ def _sections(recipe: Recipe, real: Plan, shrunk: Shrunk, model: Path, fmt: str)
     if recipe.target.gpus:
         target.update(gpus=1, nodes=1)
     target["name"] = f"a part of {recipe.target.name}"
-    data = recipe.calibration.data
-    text = data != "auto" and not data.endswith(".safetensors")  # ids are those of the real tokenizer
+    text = _local_text(recipe)
     sections: dict[str, Any] = {
         "model": {"source": str(model.resolve())},
         "target": target,
@@ -87,7 +88,7 @@ def _sections(recipe: Recipe, real: Plan, shrunk: Shrunk, model: Path, fmt: str)
             "pre_tokenizer": PRE_TOKENIZER,
         },
         "calibration": {
-            "data": str(recipe.path(data).resolve()) if text else "auto",
+            "data": str(text.resolve()) if text else "auto",
             "sequences": min(SEQUENCES, recipe.calibration.sequences),
             "tokens": min(TOKENS, recipe.calibration.tokens),
             "seed": recipe.calibration.seed,
@@ -97,6 +98,18 @@ def _sections(recipe: Recipe, real: Plan, shrunk: Shrunk, model: Path, fmt: str)
     if prune.method != "none":
         sections["prune"]["experts"] = shrunk.experts_kept
     return sections
+
+
+def _local_text(recipe: Recipe) -> Path | None:
+    """The text file or folder that calibrates; None for what the tiny model does not read: token ids, which are those
+    of the real tokenizer, and mixes, which may have to be downloaded."""
+    data = recipe.calibration.data
+    if isinstance(data, str) and data.endswith(".safetensors"):
+        return None
+    found = resolve(data, recipe.base)
+    if isinstance(found, Mix):
+        return Path(found.sources[0].source) if found.at_most else None
+    return found
 
 
 def _notes(recipe: Recipe, real: Plan, spec: ModelSpec, plan: Plan, shrunk: Shrunk, fmt: str) -> list[str]:
@@ -121,11 +134,14 @@ def _notes(recipe: Recipe, real: Plan, spec: ModelSpec, plan: Plan, shrunk: Shru
     if place.offloaded_layers:
         notes.append(f"experts of {place.offloaded_layers} layers lie in RAM there; here everything is on the card")
     if recipe.serve.speculative != "none":
-        notes.append('serve.speculative = "mtp" is kept: a build that cannot keep MTP layers says so')
+        notes.append('serve.speculative = "mtp" is kept: the launch line drafts with the MTP layers')
     if fmt.startswith("auto-round") or (recipe.quantize.method == "auto_round"):
         notes.append(f"AutoRound tunes for {ITERS} step at most")
-    if recipe.calibration.data.endswith(".safetensors") or recipe.verify.data != "auto":
-        notes.append("calibration and held-out text are Python's documentation: token ids belong to a tokenizer")
+    if (recipe.calibration.data != "auto" and _local_text(recipe) is None) or recipe.verify.data != "auto":
+        notes.append(
+            "calibration and held-out text are Python's documentation: token ids belong to a tokenizer, and a mix is "
+            "not downloaded"
+        )
     limits = (recipe.verify.max_kl, recipe.verify.min_top1, recipe.verify.max_perplexity_ratio)
     if any(limit is not None for limit in limits):
         notes.append("the limits in [verify] are not applied: random numbers say nothing about quality")

@@ -16,6 +16,7 @@ from reapc.arch import ModelSpec, model_spec
 from reapc.build import Build
 from reapc.checkpoint.source import config_of
 from reapc.errors import CannotBeDone, ReapcError
+from reapc.formats.published import published_format
 from reapc.plan import Plan
 from reapc.planner.search import make_plan
 from reapc.progress import Silent
@@ -250,8 +251,8 @@ def _prepare(
         report.notes += rehearsed.notes
         row.seen = _shrunk_words(spec, shrunk)
     with steps.step("make") as row:
-        written = write_checkpoint(shrunk, path, steps.log)
-        kind = "fp8, as the source" if shrunk.fp8 else shrunk.spec.dtype
+        written = write_checkpoint(shrunk, path)
+        kind = f"{published_format(shrunk.spec)}, as the source" if shrunk.spec.quantization else shrunk.spec.dtype
         row.seen = f"{written.tensors:,} tensors, {format_bytes(written.bytes)}, {kind}"
         if shrunk.spec.vision_parameters and not written.vision:
             report.notes.append("the vision tower has no weights here: the installed transformers has none like it")

@@ -11,7 +11,10 @@ from typing import Any
 
 from reapc.arch import ModelSpec, model_spec
 from reapc.arch.spec import LayerKind, TensorGroup
-from reapc.errors import CannotBeDone
+from reapc.checkpoint.packed import find_packed
+from reapc.errors import CannotBeDone, ReapcError
+from reapc.formats.layout import tensors_of
+from reapc.formats.quantization import Quantization
 from reapc.rehearse import keys
 from reapc.stream.families import text_config
 
@@ -29,13 +32,13 @@ class Vocabulary:
 @dataclass(frozen=True)
 class Shrunk:
     """A tiny model. ``layers``: the real model's layers that it has, in order. ``experts_kept``: what the plan's count
-    becomes. ``fp8``: the source's FP8 quantization_config, where it has one; ``notes`` say what stands for what."""
+    becomes. Its quantization_config is the source's, where that is one that is read; ``notes`` say what stands for
+    what."""
 
     config: dict[str, Any]
     spec: ModelSpec
     layers: tuple[int, ...]
     experts_kept: int
-    fp8: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -52,10 +55,14 @@ def shrink(config: dict[str, Any], name: str, kept: int | None, vocabulary: Voca
         spec = model_spec(tiny, f"the tiny {name}")
         differences = compare(real, spec, layers)
         if not differences:
-            fp8, notes = _source_format(config, real)
+            published, notes = _source_format(config, real, spec)
+            if published is not None:
+                beside = {key: published.pop(key) for key in keys.BESIDE if key in published}
+                tiny |= {**beside, "quantization_config": published}
+                spec = model_spec(tiny, f"the tiny {name}")
             if real.vision_parameters and not spec.vision_parameters:
                 notes.append("the vision tower is left out: this copy of config.json does not describe it")
-            return Shrunk(tiny, spec, tuple(layers), few, fp8, tuple(notes))
+            return Shrunk(tiny, spec, tuple(layers), few, tuple(notes))
         problem = problem or "\n  ".join(differences[:6])
     raise CannotBeDone(
         f"{name}: its small copy would have another structure, so that a rehearsal would prove nothing:\n  {problem}",
@@ -163,17 +170,32 @@ def _choices(real: ModelSpec, config: dict[str, Any]) -> list[list[int]]:
     return [whole]
 
 
-def _source_format(config: dict[str, Any], real: ModelSpec) -> tuple[dict[str, Any] | None, list[str]]:
-    """The FP8 config to write the checkpoint with, and what is said of other formats."""
-    found = real.quantization or {}
-    method = found.get("quant_method")
-    block = found.get("weight_block_size")
-    if not found:
+def _source_format(config: dict[str, Any], real: ModelSpec, tiny: ModelSpec) -> tuple[dict[str, Any] | None, list[str]]:
+    """The quantization_config to write the checkpoint with, and what is said of packings that are not read."""
+    if not real.quantization:
         return None, []
-    if method == "fp8" and block == [128, 128] and "expert_dtype" not in text_config(config):
-        return found, []
-    packed = f"{method}, experts in {config['expert_dtype']}" if config.get("expert_dtype") else str(method)
-    return None, [f"the source is published quantized ({packed}); {real.dtype} stands for it here"]
+    found = deepcopy(real.quantization)
+    for key in keys.MODULE_LISTS:
+        if any(re.search(r"layers\.\d", name) for name in found.get(key) or ()):
+            found[key] = _kept_modules(tiny)
+    method = found.get("quant_method")
+    try:
+        rules = Quantization(found, "config.json")
+        for tensor, group in tensors_of(tiny):
+            find_packed(tensor, group, rules, {}, "config.json")
+    except ReapcError:
+        return None, [f"the source is published quantized ({method}); {real.dtype} stands for it here"]
+    return found, []
+
+
+def _kept_modules(spec: ModelSpec) -> list[str]:
+    """The modules of the matrices that no format quantizes, as FP8 checkpoints list them layer by layer."""
+    kept = [
+        tensor.module
+        for tensor, group in tensors_of(spec, mtp=True)
+        if not group.linears and len(tensor.shape) == 2 and tensor.name.endswith(".weight")
+    ]
+    return list(dict.fromkeys(["lm_head", *kept]))
 
 
 def _shrunk_config(

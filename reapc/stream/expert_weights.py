@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,34 +76,49 @@ def expert_places(kind: LayerKind, transposed: bool = False) -> ExpertPlaces:
 Expert = dict[str, "torch.Tensor"]  # part -> (out, in), or "part.bias" -> (out,)
 
 
-def load_experts(
-    places: ExpertPlaces,
-    prefix: str,
-    experts: int,
-    read: Callable[[str], torch.Tensor],
-    read_expert: Callable[[str, int], torch.Tensor] | None = None,
-) -> Callable[[int], Expert]:
-    """An expert's matrices by its number: mapped from the file, fused tensors read once and cut; or, where they are
-    quantized (``read_expert`` gives one expert's share of a fused tensor), decoded whenever they are needed. So a layer
-    costs no memory beyond one expert either way."""
-    named = [*((key, stored) for key, stored in places.parts.items())]
-    named += [(f"{key}.bias", stored) for key, stored in places.biases.items()]
-    fused: dict[str, torch.Tensor] = {}
-    if read_expert is None:
-        fused = {stored.name: read(f"{prefix}.{stored.name}") for _, stored in named if stored.fused}
+class ExpertReader:
+    """An expert's matrices by its number: mapped from the file, fused tensors cut; or, where they are quantized
+    (``read_expert`` gives one expert's share of a fused tensor), decoded whenever they are asked for. So a layer costs
+    no memory beyond one expert either way. ``read`` refuses NaN, so a mapped tensor is read once and its view kept."""
 
-    def load(expert: int) -> Expert:
+    def __init__(
+        self,
+        places: ExpertPlaces,
+        prefix: str,
+        read: Callable[[str], torch.Tensor],
+        read_expert: Callable[[str, int], torch.Tensor] | None = None,
+    ) -> None:
+        named = [*places.parts.items(), *((f"{key}.bias", stored) for key, stored in places.biases.items())]
+        self._parts = [(key, f"{prefix}.{stored.name}", stored) for key, stored in named]
+        self._read = read
+        self._read_expert = read_expert
+        self._mapped: dict[str, torch.Tensor] = {}
+
+    @property
+    def mapped(self) -> bool:
+        """Whether what ``load`` gives are views of the file."""
+        return self._read_expert is None
+
+    def load(self, expert: int) -> Expert:
+        """The matrices as they are stored, or decoded."""
         found = {}
-        for key, stored in named:
-            if stored.fused and read_expert is not None:
-                tensor = read_expert(f"{prefix}.{stored.name}", expert)
+        for key, name, stored in self._parts:
+            if self._read_expert is None:
+                whole = self._view(name.replace("{e}", str(expert)))
+                tensor = whole[expert] if stored.fused else whole
             elif stored.fused:
-                tensor = fused[stored.name][expert]
+                tensor = self._read_expert(name, expert)
             else:
-                tensor = read(f"{prefix}.{stored.name.replace('{e}', str(expert))}")
+                tensor = self._read(name.replace("{e}", str(expert)))
             found[key] = tensor.mT if stored.turned else tensor
         return found
 
-    if read_expert is not None:
-        return load
-    return [load(expert) for expert in range(experts)].__getitem__
+    def _view(self, name: str) -> torch.Tensor:
+        if name not in self._mapped:
+            self._mapped[name] = self._read(name)
+        return self._mapped[name]
+
+    def shares(self, expert: int) -> Iterator[tuple[str, int | None]]:
+        """The tensors on disk that ``load`` reads: whole ones, or an expert's share of a fused one."""
+        for _, name, stored in self._parts:
+            yield (name, expert) if stored.fused else (name.replace("{e}", str(expert)), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from reapc.errors import CannotBeDone
+from reapc.stream.expert_store import ExpertStore
 from reapc.stream.expert_weights import Expert
 
 
@@ -36,30 +38,25 @@ class LayerObserver(Protocol):
     def linear(self, module: str, inputs: torch.Tensor) -> None:
         """``inputs`` (tokens, in): what the linear called ``module`` (name on disk) is given."""
 
+    def held_bytes(self) -> int:
+        """What its sums take."""
+
 
 class StreamedExperts(nn.Module):
     """Stands in for a transformers experts module: ``forward(hidden, top_k_index, top_k_weights)``.
 
-    ``weights(e)`` gives expert e's matrices as stored; they are cast one expert at a time, so a layer's experts cost no
-    anonymous memory beyond one expert. ``valid`` (tokens,) hides padding from experts and observer. The activation is
-    the replaced module's own. ``scale``: what the block multiplies the sum of all experts with afterwards.
+    ``store`` gives the matrices one expert at a time, so a layer's experts cost no anonymous memory beyond one expert
+    and what the store keeps. ``valid`` (tokens,) hides padding from experts and observer. The activation is the
+    replaced module's own. ``scale``: what the block multiplies the sum of all experts with afterwards. ``crowded``:
+    every token is sent to the same experts, the first ones: what the most memory is needed for (needs.py).
     """
 
-    def __init__(
-        self,
-        replaced: nn.Module,
-        num_experts: int,
-        weights: Callable[[int], Expert],
-        dtype: torch.dtype,
-        device: torch.device,
-        scale: float = 1.0,
-    ) -> None:
+    def __init__(self, replaced: nn.Module, num_experts: int, store: ExpertStore, scale: float = 1.0) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self.weights = weights
-        self.dtype = dtype
-        self.device = device
+        self.store = store
         self.scale = scale
+        self.crowded = False
         self.observer: LayerObserver | None = None
         self.valid: torch.Tensor | None = None
         module: Any = replaced
@@ -69,12 +66,8 @@ class StreamedExperts(nn.Module):
         # Bound to the replaced module, which holds the limits that some gates are clamped to.
         self._gate: Callable[[torch.Tensor], torch.Tensor] | None = None if plain else module._apply_gate
 
-    def _cast(self, expert: int) -> Expert:
-        return {key: tensor.to(self.device, self.dtype) for key, tensor in self.weights(expert).items()}
-
-    def compute(self, expert: int, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(activated, outputs) of one expert for ``inputs`` (tokens, in)."""
-        part = self._cast(expert)
+    def compute(self, part: Expert, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(activated, outputs) of the expert ``part`` for ``inputs`` (tokens, in)."""
         activated = self._activated(inputs, part)
         return activated, F.linear(activated, part["down"], part.get("down.bias"))
 
@@ -108,27 +101,28 @@ class StreamedExperts(nn.Module):
 
     def _sum(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         top_k = index.shape[-1]
+        if self.crowded:
+            index = torch.arange(top_k, device=index.device).expand_as(index)
         chosen = index.reshape(-1)
         if self.valid is not None:
             chosen = torch.where(self.valid.repeat_interleave(top_k), chosen, self.num_experts)
         order = torch.argsort(chosen, stable=True)
         counts = torch.bincount(chosen, minlength=self.num_experts + 1).tolist()
+        places = order.split(counts)
+        hit = [expert for expert, count in enumerate(counts[: self.num_experts]) if count]
         gates = weights.reshape(-1)
         result = torch.zeros_like(hidden)
-        start = 0
-        for expert in range(self.num_experts):
-            pairs = order[start : start + counts[expert]]
-            start += counts[expert]
-            if not counts[expert]:
-                continue
-            tokens = pairs // top_k
-            inputs = hidden[tokens]
-            activated, outputs = self.compute(expert, inputs)
-            gate = gates[pairs]
-            if self.observer is not None:
-                self.observer.routed(expert, inputs, activated, outputs, gate * self.scale, tokens)
-            # Sigmoid routers give fp32 gates in a 16-bit model too; the class rounds the product likewise.
-            result.index_add_(0, tokens, (outputs * gate[:, None]).to(result.dtype))
+        with closing(self.store.each(hit)) as parts:
+            for expert in hit:
+                pairs = places[expert]
+                tokens = pairs // top_k
+                inputs = hidden[tokens]
+                activated, outputs = self.compute(next(parts), inputs)
+                gate = gates[pairs]
+                if self.observer is not None:
+                    self.observer.routed(expert, inputs, activated, outputs, gate * self.scale, tokens)
+                # Sigmoid routers give fp32 gates in a 16-bit model too; the class rounds the product likewise.
+                result.index_add_(0, tokens, (outputs * gate[:, None]).to(result.dtype))
         return result
 
 
@@ -139,18 +133,21 @@ class ScaledInputExperts(StreamedExperts):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         given = hidden_states.reshape(self.num_experts, -1, hidden_states.shape[-1])
         result = torch.zeros_like(given)
-        for expert, rows in enumerate(given):
-            routed = rows.any(dim=-1)
-            if self.valid is not None:
-                routed &= self.valid
-            inputs = rows[routed]
-            if not len(inputs):
-                continue
-            activated, outputs = self.compute(expert, inputs)
-            if self.observer is not None:
-                tokens = routed.nonzero()[:, 0]
-                self.observer.routed(expert, inputs, activated, outputs, torch.ones_like(outputs[:, 0]), tokens)
-            result[expert][routed] = outputs
+        chosen = given.any(dim=-1)
+        if self.crowded:
+            chosen = torch.zeros_like(chosen)
+            chosen[0] = True
+        if self.valid is not None:
+            chosen &= self.valid
+        hit = chosen.any(dim=1).nonzero()[:, 0].tolist()
+        with closing(self.store.each(hit)) as parts:
+            for expert in hit:
+                tokens = chosen[expert].nonzero()[:, 0]
+                inputs = given[expert][tokens]
+                activated, outputs = self.compute(next(parts), inputs)
+                if self.observer is not None:
+                    self.observer.routed(expert, inputs, activated, outputs, torch.ones_like(outputs[:, 0]), tokens)
+                result[expert][tokens] = outputs
         return result.reshape(hidden_states.shape)
 
 

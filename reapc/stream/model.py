@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +19,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from reapc.checkpoint.reader import Checkpoint
-from reapc.errors import CannotBeDone, ReapcError
-from reapc.stream.expert_weights import expert_places, load_experts
+from reapc.errors import CannotBeDone
+from reapc.stream.expert_store import ExpertStore
+from reapc.stream.expert_weights import ExpertReader, expert_places
 from reapc.stream.experts import LayerObserver, ScaledInputExperts, StreamedExperts, find_experts
 from reapc.stream.families import FAMILIES, carried_width, streams
+from reapc.stream.readahead import Readahead
 from reapc.stream.skeleton import Skeleton
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
@@ -43,20 +47,6 @@ class Forward(Protocol):
     ) -> torch.Tensor:
         """The states (batch, length, width) after the layer, of those before it; ``mask`` (batch, length), True where
         a token is real; ``ids`` likewise, for routers that look tokens up; ``carried``: see ``StreamedModel``."""
-
-
-def compute_settings(device: str = "auto", dtype: str = "auto", stored: str = "bfloat16") -> tuple[str, torch.dtype]:
-    """Device and dtype of a pass: fp32 on a CPU, on a GPU the dtype that the model is ``stored`` in."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise CannotBeDone(f"device {device!r}: torch sees no GPU here", hint="--device cpu")
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else stored
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise ReapcError(f"dtype {dtype!r} is not one of float32, bfloat16, float16")
-    return device, found
 
 
 class _Reached(Exception):
@@ -95,8 +85,22 @@ class _Given(nn.Module):
         return self.value
 
 
+@dataclass(frozen=True)
+class LoadedLayer:
+    """One layer with its tensors, but for the experts, which come one at a time from the store of ``experts``."""
+
+    index: int
+    module: nn.Module
+    experts: StreamedExperts | None
+
+    def finish(self) -> None:
+        """To be called when every batch was computed: refuses NaN in experts that no token was sent to."""
+        if self.experts is not None:
+            self.experts.store.check_rest(self.experts.num_experts)
+
+
 class StreamedModel:
-    """A checkpoint as a sequence of layers, computed on ``device`` in ``dtype`` (see ``compute_settings``).
+    """A checkpoint as a sequence of layers, computed on ``device`` in ``dtype`` (see devices.py).
 
     States between layers are (batch, length, ``width``). ``carried`` is what the last layer handed on beside them
     ((batch, length, ``carried_width``) indices; None where nothing is).
@@ -110,6 +114,7 @@ class StreamedModel:
         self.dtype = dtype
         self.device = torch.device(device)
         self._skeleton = Skeleton(checkpoint, dtype)
+        self._readahead = Readahead(checkpoint)
         self._check_dtypes()
         self._observer: LayerObserver | None = None
         self._valid: torch.Tensor | None = None
@@ -209,19 +214,32 @@ class StreamedModel:
         states: torch.Tensor = self._pass(input_ids, given, None)
         return states.reshape(*input_ids.shape, self.width)
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities (tokens, vocabulary) in fp32 of final states (tokens, width)."""
+    def head(self, hidden: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+        """Log-probabilities (tokens, vocabulary) in fp32 of final states (tokens, width). ``rows``: so many of the
+        vocabulary at a time, where the whole matrix in ``dtype`` is too much."""
         for module in self._final:
             split = self._streams > 1 and hidden.shape[-1] == self.width
             hidden = module(hidden.reshape(1, -1, self._streams, self.spec.hidden_size) if split else hidden)
         hidden = hidden.reshape(-1, self.spec.hidden_size)
-        name = self._outer["embedding" if self.spec.tied_embeddings else "lm_head"]
-        logits = F.linear(hidden, self.checkpoint.tensor(name).to(self.device, self.dtype), self._head_bias())
+        weight, bias = self.checkpoint.tensor(self.head_name), self._head_bias()
+        if rows is None:
+            logits = F.linear(hidden, weight.to(self.device, self.dtype), bias)
+        else:
+            logits = hidden.new_empty(len(hidden), len(weight))
+            for start in range(0, len(weight), rows):
+                part = slice(start, start + rows)
+                some = None if bias is None else bias[part]
+                logits[:, part] = F.linear(hidden, weight[part].to(self.device, self.dtype), some)
         if scaling := getattr(self._text, "logits_scaling", None):  # Granite
             logits = logits / scaling
         if cap := getattr(self._text, "final_logit_softcapping", None):  # Gemma
             logits = torch.tanh(logits / cap) * cap
         return torch.log_softmax(logits.float(), dim=-1)
+
+    @property
+    def head_name(self) -> str:
+        """The head's tensor on disk."""
+        return self._outer["embedding" if self.spec.tied_embeddings else "lm_head"]
 
     def _head_bias(self) -> torch.Tensor | None:
         name = self._outer.get("lm_head", "").removesuffix("weight") + "bias"
@@ -233,61 +251,78 @@ class StreamedModel:
         for tensor in self.spec.outer_tensors:
             self.checkpoint.checked_tensor(tensor.name)
 
+    def load(self, index: int) -> LoadedLayer:
+        """The layer, ready to be computed. May be called while another thread computes an earlier one."""
+        spec = self.spec.layers[index]
+        module = deepcopy(self._layers[index])
+        experts = self._make_experts(index, module) if spec.is_moe else None
+        disk = [tensor.name for tensor in self.spec.layer_tensors(index) if tensor.role != "expert"]
+        self._readahead.ask((name, None) for name in disk)
+        names = self._skeleton.load(module, self._paths[index], disk, self._read, self.device)
+        self._hook_linears(module, names, spec.prefix)
+        return LoadedLayer(index, module, experts)
+
+    def stored_bytes(self, index: int) -> int:
+        """What the layer's tensors take on disk."""
+        return self._readahead.bytes_of((tensor.name, None) for tensor in self.spec.layer_tensors(index))
+
     @contextmanager
     def layer(self, index: int) -> Iterator[Forward]:
         """Yields the layer's ``Forward``; the layer is dropped afterwards."""
-        spec = self.spec.layers[index]
-        module = deepcopy(self._layers[index])
-        self._module = module
-        experts: StreamedExperts | None = None
-        if spec.is_moe:
-            experts = self._make_experts(index, module)
-        disk = [tensor.name for tensor in self.spec.layer_tensors(index) if tensor.role != "expert"]
-        names = self._skeleton.load(module, self._paths[index], disk, self._read, self.device)
-        self._hook_linears(module, names, spec.prefix)
-
-        def forward(
-            hidden: torch.Tensor,
-            mask: torch.Tensor | None,
-            observer: LayerObserver | None,
-            ids: torch.Tensor | None = None,
-            carried: torch.Tensor | None = None,
-        ) -> torch.Tensor:
-            self._observer = observer
-            self._valid = None if mask is None else mask.reshape(-1)
-            if experts is not None:
-                experts.observer, experts.valid = observer, self._valid
-            shape = hidden.shape
-            inner = hidden.reshape(*shape[:2], self._streams, -1) if self._streams > 1 else hidden
-            self._states, self._target, self.carried = inner, index, carried
-            if ids is None:
-                ids = torch.zeros(shape[:2], dtype=torch.long)
-            given = torch.zeros(1, dtype=self.dtype, device=self.device).expand(*shape[:2], self.spec.hidden_size)
-            result: Any = self._pass(ids, given, mask)
-            if isinstance(result, tuple):
-                result, *others = result
-                self.carried = others[0] if self._particular.carries else None
-            after: torch.Tensor = result.reshape(shape)
-            return after
-
-        try:
+        loaded = self.load(index)
+        with self.computing(loaded) as forward:
             yield forward
+        loaded.finish()
+
+    @contextmanager
+    def computing(self, layer: LoadedLayer) -> Iterator[Forward]:
+        """Yields the ``Forward`` of a layer that was loaded."""
+        self._module = layer.module
+        try:
+            yield partial(self._forward, layer)
         finally:
-            self._module = self._states = self.carried = None
+            self._module = self._states = self.carried = self._observer = self._valid = None
+
+    def _forward(
+        self,
+        layer: LoadedLayer,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        observer: LayerObserver | None,
+        ids: torch.Tensor | None = None,
+        carried: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        self._observer = observer
+        self._valid = None if mask is None else mask.reshape(-1)
+        if layer.experts is not None:
+            layer.experts.observer, layer.experts.valid = observer, self._valid
+        shape = hidden.shape
+        inner = hidden.reshape(*shape[:2], self._streams, -1) if self._streams > 1 else hidden
+        self._states, self._target, self.carried = inner, layer.index, carried
+        if ids is None:
+            ids = torch.zeros(shape[:2], dtype=torch.long)
+        given = torch.zeros(1, dtype=self.dtype, device=self.device).expand(*shape[:2], self.spec.hidden_size)
+        result: Any = self._pass(ids, given, mask)
+        if isinstance(result, tuple):
+            result, *others = result
+            self.carried = others[0] if self._particular.carries else None
+        after: torch.Tensor = result.reshape(shape)
+        return after
 
     def _make_experts(self, index: int, module: nn.Module) -> StreamedExperts:
         """Puts the streamed experts in the place of the layer's own."""
         spec, particular = self.spec.layers[index], self._particular
         places = expert_places(spec.kind, particular.transposed)
         one = None if self.checkpoint.quantization is None else self._read_expert
-        weights = load_experts(places, spec.prefix, self.spec.num_experts, self._read, one)
+        reader = ExpertReader(places, spec.prefix, self._read, one)
+        store = ExpertStore(reader, self._readahead, self.device, self.dtype)
         path, replaced = find_experts(module, self.spec.num_experts)
         scale = 1.0
         if particular.scaled_after:
             block: Any = module.get_submodule(path.rpartition(".")[0])
             scale = float(block.routed_scaling_factor)
         kind = ScaledInputExperts if particular.scaled_inputs else StreamedExperts
-        experts = kind(replaced, self.spec.num_experts, weights, self.dtype, self.device, scale)
+        experts = kind(replaced, self.spec.num_experts, store, scale)
         module.set_submodule(path, experts)
         return experts
 

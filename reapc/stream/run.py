@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from reapc.progress import Progress
+from reapc.stream.ahead import layers_of
+from reapc.stream.budget import MemoryPlan
 from reapc.stream.experts import LayerObserver
-from reapc.stream.model import StreamedModel
+from reapc.stream.model import Forward, StreamedModel
 from reapc.stream.tokens import Batch, Tokens
 
 TOKENS_PER_BATCH = 8192
@@ -84,40 +86,62 @@ def _ids(tokens: Tokens, batch: Batch) -> torch.Tensor:
 
 
 def run_layers(
-    model: StreamedModel,
+    models: StreamedModel | Sequence[StreamedModel],
     sets: Sequence[tuple[HiddenStates, bool]],
     observer_of: Callable[[int], LayerObserver | None],
     layer_done: Callable[[int, LayerObserver | None], None],
     progress: Progress,
     start_layer: int = 0,
     name: str = "forward",
+    plan: MemoryPlan | None = None,
 ) -> None:
     """Runs all layers from ``start_layer`` over ``sets``: (states, observed). The states before ``start_layer``
-    must be on disk unless it is 0. ``layer_done(i, observer)`` is called when layer i's states are stored."""
-    spec = model.spec
-    total = sum(batch.tokens for states, _ in sets for batch in states.tokens.batches(TOKENS_PER_BATCH))
-    with progress.task(name, total * (spec.num_layers - start_layer), "tokens x layers") as advance:
-        if start_layer == 0:
-            for states, _ in sets:
-                for batch in states.tokens.batches(TOKENS_PER_BATCH):
-                    states.write(0, batch, model.embed(_ids(states.tokens, batch)))
-        for index in range(start_layer, spec.num_layers):
-            observer = observer_of(index)
-            with model.layer(index) as forward:
-                for states, observed in sets:
-                    for batch in states.tokens.batches(TOKENS_PER_BATCH):
-                        hidden = states.read(index, batch.rows, batch.length).to(model.device, model.dtype)
-                        carried = states.read_carried(index, batch)
-                        if carried is not None:
-                            carried = carried.to(model.device)
-                        mask = _mask(states.tokens, batch, model.device)
-                        if observed and observer is not None:
-                            observer.batch(batch.rows, batch.length, mask)
-                        watcher = observer if observed else None
-                        result = forward(hidden, mask, watcher, _ids(states.tokens, batch), carried)
-                        states.write(index + 1, batch, result)
-                        states.write_carried(index + 1, batch, model.carried)
+    must be on disk unless it is 0. ``layer_done(i, observer)`` is called when layer i's states are stored.
+    Several ``models``, of one checkpoint on several devices, take turns."""
+    models = [models] if isinstance(models, StreamedModel) else list(models)
+    layers = models[0].spec.num_layers
+    batches = [(states, observed, batch) for states, observed in sets for batch in batches_of(states.tokens, plan)]
+    total = sum(batch.tokens for _, _, batch in batches)
+    with progress.task(name, total * (layers - start_layer), "tokens x layers") as advance:
+        for states, _, batch in batches if start_layer == 0 else ():
+            states.write(0, batch, models[0].embed(_ids(states.tokens, batch)))
+        with layers_of(models, start_layer, plan) as loaded:
+            for model, layer in loaded:
+                observer = observer_of(layer.index)
+                with model.computing(layer) as forward:
+                    for states, observed, batch in batches:
+                        _compute(model, forward, layer.index, states, batch, observer if observed else None)
                         advance(batch.tokens)
-            for states, _ in sets:
-                states.flush()
-            layer_done(index, observer)
+                layer.finish()
+                index = layer.index
+                del layer, forward
+                for states, _ in sets:
+                    states.flush()
+                layer_done(index, observer)
+
+
+def batches_of(tokens: Tokens, plan: MemoryPlan | None = None) -> Iterator[Batch]:
+    """The batches that are computed: cut where ``plan`` says that they do not fit, else whole."""
+    for batch in tokens.batches(TOKENS_PER_BATCH):
+        yield from (batch,) if plan is None else plan.cut(batch)
+
+
+def _compute(
+    model: StreamedModel,
+    forward: Forward,
+    index: int,
+    states: HiddenStates,
+    batch: Batch,
+    observer: LayerObserver | None,
+) -> None:
+    """One batch through one layer. A function of its own: nothing of a batch outlives it."""
+    hidden = states.read(index, batch.rows, batch.length).to(model.device, model.dtype)
+    carried = states.read_carried(index, batch)
+    if carried is not None:
+        carried = carried.to(model.device)
+    mask = _mask(states.tokens, batch, model.device)
+    if observer is not None:
+        observer.batch(batch.rows, batch.length, mask)
+    result = forward(hidden, mask, observer, _ids(states.tokens, batch), carried)
+    states.write(index + 1, batch, result)
+    states.write_carried(index + 1, batch, model.carried)

@@ -26,6 +26,12 @@ class Batch(NamedTuple):
         """Tokens that are computed, padding included."""
         return int(self.rows.stop - self.rows.start) * self.length
 
+    def cut(self, tokens: int) -> Iterator[Batch]:
+        """The batch in runs of at most ``tokens`` tokens, or one sequence each."""
+        rows = max(1, tokens // self.length)
+        for start in range(self.rows.start, self.rows.stop, rows):
+            yield Batch(slice(start, min(start + rows, self.rows.stop)), self.length)
+
 
 @dataclass(frozen=True)
 class Tokens:

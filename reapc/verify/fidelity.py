@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from reapc.errors import ReapcError
+from reapc.errors import CannotBeDone, ReapcError
 from reapc.progress import Progress
+from reapc.recipe import VerifySection
 from reapc.stream.tokens import Tokens
 
 
@@ -74,6 +75,29 @@ def measure(tokens: Tokens, references: Iterable[Any], results: Iterable[np.ndar
             sums.loss_b += float(loss_b[following].sum(dtype=np.float64))
     figures = {name: sums.figures() for name, sums in zip(tokens.domains, by_domain, strict=True) if sums.positions}
     return Fidelity(**total.figures(), domains=figures if len(figures) > 1 else {})
+
+
+def check_limits(fidelity: Fidelity, limits: VerifySection) -> None:
+    """CannotBeDone where the result is worse than a recipe's [verify] allows, with what is beyond and by how much."""
+    before, after = fidelity.perplexity_a, fidelity.perplexity_b
+    ratio = after / before if before and after else 1.0  # none where every sequence is a single token
+    failures = []
+    if limits.max_kl is not None and fidelity.kl > limits.max_kl:
+        failures.append(f"KL {fidelity.kl:.5f} is {fidelity.kl - limits.max_kl:.5f} above max_kl {limits.max_kl}")
+    if limits.min_top1 is not None and fidelity.top1 < limits.min_top1:
+        failures.append(
+            f"top-1 {fidelity.top1:.4f} is {limits.min_top1 - fidelity.top1:.4f} below min_top1 {limits.min_top1}"
+        )
+    if limits.max_perplexity_ratio is not None and ratio > limits.max_perplexity_ratio:
+        failures.append(
+            f"perplexity ratio {ratio:.4f} is {ratio - limits.max_perplexity_ratio:.4f} above "
+            f"max_perplexity_ratio {limits.max_perplexity_ratio}"
+        )
+    if failures:
+        raise CannotBeDone(
+            "the result is worse than [verify] allows: " + "; ".join(failures),
+            hint="allow more memory, more experts or bits, or relax [verify]; nothing was written to the output",
+        )
 
 
 def checkpoint_log_probs(folder: Path, tokens: Tokens, work: Path, progress: Progress) -> Iterator[np.ndarray]:

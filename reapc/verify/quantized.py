@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from reapc.arch import ModelSpec, TensorSpec, load_config
 from reapc.arch.spec import TensorGroup
 from reapc.checkpoint.decode import zero_points
-from reapc.checkpoint.packing import Packing
-from reapc.checkpoint.quantization import quantization_of
 from reapc.checkpoint.reader import Checkpoint, PackedLinear, listed
 from reapc.checkpoint.shards import Shards
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.formats.layout import Expected, expected_tensors, linear_modules, stored
+from reapc.formats.packing import Packing
+from reapc.formats.quantization import quantization_of
 from reapc.formats.weights import WeightFormat
 from reapc.progress import Progress
 

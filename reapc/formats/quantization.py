@@ -4,6 +4,8 @@ GPTQ: ``dynamic`` patterns matched from the start of a name, the first one count
 AutoRound: an exact name in ``extra_config``, then a pattern found anywhere in a name, within
 ``block_name_to_quantize`` (vLLM inc/config_parser.py). compressed-tensors: ``ignore``, then ``config_groups`` by name,
 by pattern, by class. FP8: ``modules_to_not_convert`` by a whole name, its start or its end at a dot (transformers).
+ModelOpt: ``ignore`` (once ``exclude_modules``) with * for any part of a name, or a name and what is below it; where
+``quantized_layers`` are named, those and what is below them (vLLM modelopt.py).
 MXFP4 (gpt-oss): fused experts only, less ``modules_to_not_convert`` as patterns from the start of a name up to a dot or
 as its very end (transformers quantizers_utils.should_convert_module; vLLM leaves other linears alone too).
 """
@@ -15,10 +17,12 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from reapc.checkpoint.packing import Packing
 from reapc.errors import CannotBeDone, ReapcError
+from reapc.formats.packing import Packing
+from reapc.formats.weights import FP8_BLOCK
 
-READ = ("gptq", "auto-round", "compressed-tensors", "fp8", "mxfp4")
+READ = ("gptq", "auto-round", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "mxfp4")
+EXPERT_DTYPE = "expert_dtype"
 _UNQUANTIZED_BITS = 16
 _REGEX_CHARACTERS = set(r"*+?^$()[]{}|\\")
 
@@ -35,6 +39,8 @@ class Quantization:
             "auto-round": self._auto_round,
             "compressed-tensors": self._compressed_tensors,
             "fp8": self._fp8,
+            "fbgemm_fp8": self._fbgemm,
+            "modelopt": self._modelopt,
             "mxfp4": self._mxfp4,
         }
         if self.method not in readers:
@@ -42,6 +48,19 @@ class Quantization:
         self.packing = lru_cache(maxsize=None)(readers[self.method]())
         """The packing of a module by its name; None where it stays as it is. A class that is not Linear (embeddings) is
         not told apart: ask about linears only."""
+
+    @property
+    def refused_by_vllm(self) -> str | None:
+        """Why vLLM does not load what is packed so, whatever the model and the card; None where nothing speaks against
+        it (facts/vllm-legality.md, facts/vllm-cpu-and-quantized-moe.md)."""
+        if self.method in ("gptq", "auto-round") and not self.config.get("sym", True):
+            return f"the checkpoint is asymmetric ({self.method}, sym = false), and vLLM loads symmetric experts only"
+        if self.method == "gptq" and self.config.get("desc_act") and self.config.get("group_size") != -1:
+            return "the checkpoint's columns are reordered (desc_act = true), and vLLM loads no such experts"
+        block = self.config.get("weight_block_size")
+        if self.method == "fp8" and block and list(block) != [FP8_BLOCK, FP8_BLOCK]:
+            return f"the checkpoint's tiles are {block[0]} x {block[1]}; reapc plans {FP8_BLOCK} x {FP8_BLOCK}"
+        return None
 
     def _unread(self, key: str, found: object, expected: str) -> CannotBeDone:
         return CannotBeDone(
@@ -196,11 +215,18 @@ class Quantization:
                 return Packing("fp8", 8)
             case "float-quantized" | "naive-quantized" if kind == "float" and bits == 8 and strategy == "block":
                 return Packing("fp8-block", 8, block=self._block(stored, "block_structure"), block_scale="weight_scale")
+            case "float-quantized" | "naive-quantized" if kind == "float" and bits == 8 and strategy == "tensor":
+                return Packing("fp8", 8, per_tensor=True)
             case "int-quantized" if kind == "int" and bits == 8 and strategy == "channel":
                 return Packing("int8", 8)
+            case "nvfp4-pack-quantized" if stored.get("group_size", 16) == 16:
+                return Packing("nvfp4", 4, 16, names="ct")
+            case "mxfp4-pack-quantized" if stored.get("group_size", 32) == 32:
+                return Packing("mxfp4", 4, 32, names="ct")
         raise self._unread(
             key, f"{layout}, {kind}, {bits} bits, strategy {strategy}",
-            "pack-quantized (group, channel), float-quantized (channel, block) and int-quantized (channel)",
+            "pack-quantized (group, channel), float-quantized (channel, block, tensor), int-quantized (channel), "
+            "nvfp4-pack-quantized and mxfp4-pack-quantized",
         )  # fmt: skip
 
     def _block(self, config: Mapping[str, Any], key: str) -> tuple[int, int]:
@@ -210,20 +236,61 @@ class Quantization:
         return value[0], value[1]
 
     def _fp8(self) -> Callable[[str], Packing | None]:
+        if (fmt := self.config.get("fmt", "e4m3")) not in ("e4m3", "float8_e4m3fn"):  # MiniMax says the latter
+            raise self._unread("fmt", fmt, "e4m3")
+        if self.config.get("weight_block_size") is None:  # one scale for a linear, as AutoFP8 and Mistral write it
+            return self._unless_kept(Packing("fp8", 8, per_tensor=True))
         block = self._block(self.config, "weight_block_size")
         if (scheme := self.config.get("activation_scheme", "dynamic")) != "dynamic":
             raise self._unread("activation_scheme", scheme, "dynamic")
-        if (fmt := self.config.get("fmt", "e4m3")) not in ("e4m3", "float8_e4m3fn"):  # MiniMax says the latter
-            raise self._unread("fmt", fmt, "e4m3")
+        if (experts := self.config.get(EXPERT_DTYPE)) is None:
+            return self._unless_kept(Packing("fp8-block", 8, block=block))
+        if experts not in ("fp4", "fp8"):
+            raise self._unread(EXPERT_DTYPE, experts, "fp4 and fp8")
+        tiles = Packing("fp8-block", 8, block=block, block_scale="scale", names="deepseek_v4")
+        four = Packing("mxfp4", 4, 32, names="deepseek_v4") if experts == "fp4" else tiles
+        return self._unless_kept(tiles, lambda module: four if re.search(r"\.experts\.\d+\.", module) else tiles)
+
+    def _unless_kept(
+        self, usual: Packing, choose: Callable[[str], Packing] | None = None
+    ) -> Callable[[str], Packing | None]:
         kept = self._names("modules_to_not_convert") or self._names("ignored_layers")
 
         def packing(module: str) -> Packing | None:
             padded = f".{module}."
             if any(padded.startswith(f".{name}.") or padded.endswith(f".{name}.") for name in kept):
                 return None
-            return Packing("fp8-block", 8, block=block)
+            return usual if choose is None else choose(module)
 
         return packing
+
+    def _fbgemm(self) -> Callable[[str], Packing | None]:
+        return self._unless_kept(Packing("fp8", 8))
+
+    def _modelopt(self) -> Callable[[str], Packing | None]:
+        ignored = [wildcard(name) for name in (*self._names("ignore"), *self._names("exclude_modules"))]
+        algorithm = str(self.config.get("quant_algo"))
+        layers = {
+            wildcard(name): self._modelopt_algorithm(f"quantized_layers.{name}", str((own or {}).get("quant_algo")))
+            for name, own in self._dict(self.config, "quantized_layers").items()
+        }
+        base = None if algorithm == "MIXED_PRECISION" else self._modelopt_algorithm("quant_algo", algorithm)
+
+        def packing(module: str) -> Packing | None:
+            if any(pattern.fullmatch(module) for pattern in ignored):
+                return None
+            return next((found for pattern, found in layers.items() if pattern.fullmatch(module)), base)
+
+        return packing
+
+    def _modelopt_algorithm(self, key: str, name: str) -> Packing:
+        if name in ("NVFP4", "W4A16_NVFP4"):
+            if (size := self.config.get("group_size", 16)) not in (None, 16):
+                raise self._unread("group_size", size, "16")
+            return Packing("nvfp4", 4, 16)
+        if name == "FP8":
+            return Packing("fp8", 8, per_tensor=True)
+        raise self._unread(key, name, "NVFP4, W4A16_NVFP4, FP8 and MIXED_PRECISION of these")
 
     def _mxfp4(self) -> Callable[[str], Packing | None]:
         kept = self._names("modules_to_not_convert")
@@ -235,6 +302,11 @@ class Quantization:
             return None if any(pattern.match(module) for pattern in patterns) else Packing("mxfp4", 4, 32)
 
         return packing
+
+
+def wildcard(name: str) -> re.Pattern[str]:
+    """A name of ModelOpt's lists as a pattern of whole names: itself and what is below it."""
+    return re.compile(".*".join(re.escape(part) for part in name.split("*")) + r"(?:\..*)?")
 
 
 def quantization_config(config: Mapping[str, Any]) -> Any:
@@ -249,4 +321,6 @@ def quantization_of(config: Mapping[str, Any], where: str) -> Quantization | Non
         return None
     if not isinstance(found, dict):
         raise ReapcError(f"{where}: quantization_config: a table expected, found {type(found).__name__}")
+    if EXPERT_DTYPE in config:  # DeepSeek-V4 says it beside
+        found = {**found, EXPERT_DTYPE: config[EXPERT_DTYPE]}
     return Quantization(found, where)

@@ -1,0 +1,93 @@
+"""The experts of one loaded layer as they are computed with: cast, some kept for all batches, the next one made ready
+while one computes."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from concurrent.futures import Executor, Future
+
+import torch
+
+from reapc.stream.expert_weights import Expert, ExpertReader
+from reapc.stream.readahead import WINDOW_BYTES, Readahead
+
+
+class ExpertStore:
+    """``each(experts)`` yields their matrices on ``device`` in ``dtype``.
+
+    ``keep``: as many experts as are asked for first stay until the layer is dropped; the others are cast or decoded
+    again for every batch. ``helper``: the next one is made ready there while the caller computes with one. Neither
+    changes a value. ``stand_in``: given for every expert, where only memory is counted (needs.py).
+    """
+
+    def __init__(self, reader: ExpertReader, readahead: Readahead, device: torch.device, dtype: torch.dtype) -> None:
+        self.reader = reader
+        self.device = device
+        self.dtype = dtype
+        self.keep = 0
+        self.helper: Executor | None = None
+        self.stand_in: Expert | None = None
+        self._readahead = readahead
+        self._window = max(1, WINDOW_BYTES // max(1, readahead.bytes_of(reader.shares(0))))
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._kept: dict[int, Expert] = {}
+        self._seen: set[int] = set()
+
+    def get(self, expert: int) -> Expert:
+        """One expert's matrices; ReapcError where they hold NaN."""
+        if (kept := self.stand_in or self._kept.get(expert)) is not None:
+            return kept
+        found = self._cast(self.reader.load(expert))
+        self._seen.add(expert)
+        if len(self._kept) < self.keep:
+            self._kept[expert] = found
+        return found
+
+    def _cast(self, stored: Expert) -> Expert:
+        if self._stream is None:
+            return {key: tensor.to(self.device, self.dtype) for key, tensor in stored.items()}
+        # On a stream of its own, so that the copy does not wait for what the GPU computes meanwhile.
+        with torch.cuda.stream(self._stream):
+            found = {key: tensor.to(self.device, self.dtype) for key, tensor in stored.items()}
+        self._stream.synchronize()
+        return found
+
+    def each(self, experts: Sequence[int]) -> Generator[Expert, None, None]:
+        """The matrices of ``experts``, in order; each is forgotten here before the next is made."""
+        waiting: Future[Expert] | None = None
+        try:
+            for place, expert in enumerate(experts):
+                # The window moves on by one; the first time it is opened.
+                self._ask(experts[place and place + self._window - 1 : place + self._window])
+                found = waiting.result() if waiting is not None else self.get(expert)
+                waiting = None
+                if self.helper is not None and place + 1 < len(experts) and experts[place + 1] not in self._kept:
+                    waiting = self.helper.submit(self.get, experts[place + 1])
+                if self._stream is not None:
+                    for tensor in found.values():  # made on another stream: not to be reused before this one is done
+                        tensor.record_stream(torch.cuda.current_stream(self.device))
+                yield found
+                del found
+        finally:
+            if waiting is not None and not waiting.cancel():
+                waiting.exception()  # its end, so that nothing reads on behind an error
+
+    def ask(self, experts: Sequence[int]) -> None:
+        """Has the kernel read the first of ``experts`` ahead, as many as stand in its window."""
+        self._ask(experts[: self._window])
+
+    def _ask(self, experts: Sequence[int]) -> None:
+        missing = (expert for expert in experts if expert not in self._kept)
+        self._readahead.ask(share for expert in missing for share in self.reader.shares(expert))
+
+    def fill(self) -> None:
+        """Makes ready what is kept."""
+        for expert in range(self.keep):
+            self.get(expert)
+
+    def check_rest(self, experts: int) -> None:
+        """Refuses NaN in mapped experts that no token was sent to."""
+        for expert in range(experts) if self.reader.mapped else ():
+            if expert not in self._seen:
+                self.reader.load(expert)
+                self._seen.add(expert)
