@@ -38,6 +38,7 @@ lint: $(STAMP)
 
 bench: setup
 	$(BIN)/python benchmarks/observe.py
+	$(BIN)/python benchmarks/llm_compressor.py
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/prune.py
 	$(BIN)/python benchmarks/memory.py

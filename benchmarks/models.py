@@ -13,14 +13,22 @@ from reapc.arch import model_spec
 
 
 def make_checkpoint(
-    folder: Path, *, hidden: int, width: int, layers: int, experts: int, top_k: int, dtype: torch.dtype = torch.bfloat16
+    folder: Path,
+    *,
+    hidden: int,
+    width: int,
+    layers: int,
+    experts: int,
+    top_k: int,
+    vocab_size: int = 2048,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
     """A random Qwen3-MoE checkpoint with one shard per layer."""
     folder.mkdir(parents=True)
     config = Qwen3MoeConfig(
         hidden_size=hidden, moe_intermediate_size=width, intermediate_size=width, num_hidden_layers=layers,
         num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_experts=experts, num_experts_per_tok=top_k,
-        vocab_size=2048, norm_topk_prob=True, tie_word_embeddings=True, mlp_only_layers=[],
+        vocab_size=vocab_size, norm_topk_prob=True, tie_word_embeddings=True, mlp_only_layers=[],
         max_position_embeddings=4096,
     )  # fmt: skip
     data = config.to_dict() | {"architectures": ["Qwen3MoeForCausalLM"], "dtype": str(dtype).removeprefix("torch.")}
