@@ -1,0 +1,87 @@
+"""Healing as it is offered: tokens split three ways, the pruned checkpoint refitted, and the result judged by the
+model's own output. What healing made worse is not shipped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reapc.checkpoint.atomic import remove
+from reapc.checkpoint.reader import Checkpoint
+from reapc.errors import ReapcError
+from reapc.progress import Progress
+from reapc.prune.heal import HealedLayer, heal, write_healed
+from reapc.stream.tokens import Tokens
+from reapc.verify.fidelity import Fidelity, compare
+
+# Of 20 sequences of a domain: so many choose the strength of the refit, and so many report; the others are fitted.
+_CHOICE, _REPORT, _OF = 3, 3, 20
+TOP1_LOSS = 0.01  # top-1 that a healed model may lose
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What became of it: figures on the tokens that nothing was fitted to or chosen by, before and after."""
+
+    layers: list[HealedLayer]
+    before: Fidelity
+    after: Fidelity
+
+    @property
+    def kept(self) -> bool:
+        """Whether the result is the healed one."""
+        return self.after.kl <= self.before.kl and self.after.top1 >= self.before.top1 - TOP1_LOSS
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "healed": self.kept,
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+            "layers": [layer.__dict__ for layer in self.layers],
+        }
+
+
+def split(tokens: Tokens, seed: int = 0) -> tuple[Tokens, Tokens, Tokens]:
+    """Sequences to fit, to choose by and to report on: disjoint, each with a share of every domain.
+
+    ReapcError where a domain has too few for all three."""
+    parts: tuple[list[int], list[int], list[int]] = ([], [], [])
+    random = np.random.default_rng(seed)
+    for number, name in enumerate(tokens.domains):
+        mine = random.permutation(np.flatnonzero(tokens.domain == number))
+        if not len(mine):
+            continue
+        few = max(1, len(mine) * _CHOICE // _OF)
+        if len(mine) < 2 * few + 1:
+            raise ReapcError(
+                f"{len(mine)} sequences of {name}: healing needs some to fit, some to choose by and some to report on",
+                hint="give at least 3 sequences of every domain, better some hundreds",
+            )
+        for part, rows in zip(parts, (mine[2 * few :], mine[:few], mine[few : 2 * few]), strict=True):
+            part.extend(rows.tolist())
+    fit, choice, report = (tokens.take(np.sort(np.array(part, np.int64))) for part in parts)
+    return fit, choice, report
+
+
+def heal_and_judge(
+    original: Checkpoint, pruned: Path, tokens: Tokens, work: Path, out: Path, progress: Progress, **settings: Any
+) -> Healed:
+    """Writes ``pruned`` healed to the folder ``out``, or as it was where healing made it worse (KL, or top-1 by more
+    than ``TOP1_LOSS``). ``settings``: see ``heal``."""
+    fit, choice, report = split(tokens)
+    checkpoint = Checkpoint(pruned)
+    layers = heal(original, checkpoint, fit, choice, work, out, progress, **settings)
+    result = Healed(
+        layers, compare(original.folder, pruned, report, progress), compare(original.folder, out, report, progress)
+    )
+    if not result.kept:
+        progress.log(
+            f"heal: KL {result.before.kl:.4f} -> {result.after.kl:.4f}, top-1 {result.before.top1:.4f} -> "
+            f"{result.after.top1:.4f}: worse, so the result stays unhealed"
+        )
+        remove(out)
+        write_healed(checkpoint, work, out)  # the work folder is gone, and with it what was healed
+    return result
