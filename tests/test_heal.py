@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokens
+from conftest import make_model, make_tokens, run_main
 
 from reapc.checkpoint.reader import Checkpoint
 from reapc.observe.observe import observe
@@ -16,6 +17,7 @@ from reapc.prune.criteria import choose
 from reapc.prune.heal import heal
 from reapc.prune.refit import RIDGES, Normal, solve
 from reapc.prune.rewrite import prune
+from reapc.stream.tokens import write_tokens
 from reapc.verify.fidelity import compare
 
 
@@ -76,3 +78,23 @@ def test_a_pruned_model_comes_closer(tmp_path: Path) -> None:
     assert [r.layer for r in reports] == [0, 2]
     assert all(r.kept and r.choice[1] < r.choice[0] for r in reports)
     assert after.kl < 0.9 * before.kl
+
+
+def test_heal_command(tmp_path: Path, capsys) -> None:
+    folder = make_model(tmp_path / "m", num_experts_per_tok=4)
+    original = Checkpoint(folder)
+    tokens = make_tokens(60, 32, seed=1)
+    scores = observe(original, tokens, tmp_path / "w", Silent(), moments=False)
+    prune(original, choose(scores, "reap", 6), tmp_path / "pruned", Silent())
+    write_tokens(tmp_path / "tokens", tokens)
+    arguments = ("heal", folder, tmp_path / "pruned", "--tokens", tmp_path / "tokens", "--out", tmp_path / "healed")
+    code, text, err = run_main(capsys, *arguments, "--json")
+    assert code == 0, err
+    found = json.loads(text)
+    assert found["healed"] == (found["after"]["kl"] <= found["before"]["kl"])
+    healed, pruned = Checkpoint(tmp_path / "healed"), Checkpoint(tmp_path / "pruned")
+    changed = {n for n in healed.entries if not torch.equal(healed.tensor(n), pruned.tensor(n))}
+    assert all(name.endswith("down_proj.weight") for name in changed)
+    assert bool(changed) == found["healed"]
+    code, _, err = run_main(capsys, *arguments)
+    assert (code, "exists already" in err) == (2, True)

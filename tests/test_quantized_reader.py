@@ -68,10 +68,14 @@ def test_expected_tensors_are_those_of_real_files(saved: Saved, kind: str, form:
     checkpoint = Checkpoint(saved.folders[kind])
     expected = layout.expected_tensors(fmt(form), checkpoint.spec)
     assert set(expected) == set(checkpoint.entries)
+    wider = 0  # on a CPU without bf16 AutoRound computes, and saves what it leaves alone, in float32
     for name, entry in checkpoint.entries.items():
         assert entry.shape == expected[name].shape
-        assert entry.dtype in expected[name].dtypes
-    assert checkpoint.bytes == weights.checkpoint_bytes(fmt(form), checkpoint.spec)
+        if entry.dtype == "F32" and "BF16" in expected[name].dtypes:
+            wider += entry.bytes // 2
+        else:
+            assert entry.dtype in expected[name].dtypes
+    assert checkpoint.bytes - wider == weights.checkpoint_bytes(fmt(form), checkpoint.spec)
 
 
 def test_the_libraries_reload_the_same_weights(saved: Saved, tmp_path: Path) -> None:
