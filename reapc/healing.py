@@ -13,7 +13,7 @@ from reapc.checkpoint.atomic import remove
 from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import ReapcError
 from reapc.progress import Progress
-from reapc.prune.heal import HealedLayer, heal, write_healed
+from reapc.prune.heal import HealedLayer, heal, write_with
 from reapc.stream.tokens import Tokens
 from reapc.verify.fidelity import Fidelity, compare
 
@@ -83,5 +83,5 @@ def heal_and_judge(
             f"{result.after.top1:.4f}: worse, so the result stays unhealed"
         )
         remove(out)
-        write_healed(checkpoint, work, out)  # the work folder is gone, and with it what was healed
+        write_with(checkpoint, [], out)
     return result

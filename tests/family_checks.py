@@ -26,7 +26,7 @@ from reapc.prune.criteria import choose, expert_values, groups_of
 from reapc.prune.rewrite import prune
 from reapc.quantize.gguf import lacks_mtp
 from reapc.stream import StreamedModel
-from reapc.stream.experts import find_experts
+from reapc.stream.experts import LayerObserver, RoutedPairs, find_experts
 from reapc.stream.skeleton import auto_class, make_config
 from reapc.stream.tokens import Tokens
 
@@ -77,28 +77,16 @@ def streamed_log_probs(model: StreamedModel, ids: torch.Tensor, mask: torch.Tens
         return torch.stack([model.head(row) for row in hidden])
 
 
-class RoutedSum:
+class RoutedSum(LayerObserver):
     """Sums gate weight x output over all pairs, as they are recorded."""
 
     def __init__(self) -> None:
         self.total: torch.Tensor | float = 0.0
         self.pairs = 0
 
-    def batch(self, rows: slice, length: int, mask: torch.Tensor | None) -> None: ...
-
-    def routed(
-        self,
-        expert: int,
-        inputs: torch.Tensor,
-        activated: torch.Tensor,
-        outputs: torch.Tensor,
-        gate: torch.Tensor,
-        tokens: torch.Tensor,
-    ) -> None:
-        self.total = self.total + (outputs.double() * gate.double()[:, None]).sum(0)
-        self.pairs += len(gate)
-
-    def linear(self, module: str, inputs: torch.Tensor) -> None: ...
+    def routed(self, pairs: RoutedPairs) -> None:
+        self.total = self.total + (pairs.outputs.double() * pairs.gate.double()[:, None]).sum(0)
+        self.pairs += len(pairs.gate)
 
 
 def body_of(model: Any) -> Any:

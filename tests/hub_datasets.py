@@ -5,70 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
+
+from hub_server import HubHandler, HubServer
 
 COMMIT = "c" * 40  # what "main" is
 
 
-class DataHub(ThreadingHTTPServer):
+class DataHub(HubServer):
     """``repos`` maps a data set's id to its files; ``gated`` names those that ask for a login."""
 
-    daemon_threads = True
-
     def __init__(self, repos: dict[str, dict[str, bytes]], gated: tuple[str, ...] = ()) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.repos, self.gated = repos, gated
         self.revisions: set[str] = set()  # of the files that were asked for
-        self.sent_bytes = 0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(HubHandler):
     server: DataHub
 
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def do_POST(self) -> None:
-        self._answer(body=True)
-
-    def _send(self, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-            self.server.sent_bytes += len(data)
-
-    def _error(self, status: int, code: str, body: bool) -> None:
-        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": "not for you"}, body)
-
     def _json(self, value: object, body: bool) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"}, body)
+        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"}, body)
 
-    def _answer(self, body: bool) -> None:
+    def answer(self, body: bool) -> None:
         asked = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(self.path.split("?")[0])
         found = re.fullmatch(r"(/api)?/datasets/([\w.-]+/[\w.-]+)(?:/([a-z-]+)/([^/]+)(?:/(.*))?)?", path)
         if not found or found[2] not in self.server.repos:
-            return self._error(404, "RepoNotFound", body)
+            return self.refuse(404, "RepoNotFound", body)
         api, name, verb, revision, rest = found.groups()
         if name in self.server.gated and not api:  # anybody may ask about it
-            return self._error(403, "GatedRepo", body)
+            return self.refuse(403, "GatedRepo", body)
         if revision not in (None, "main") and not re.fullmatch(r"[0-9a-f]{40}", revision):
-            return self._error(404, "RevisionNotFound", body)
+            return self.refuse(404, "RevisionNotFound", body)
         files = self.server.repos[name]
         commit = revision if revision and revision != "main" else COMMIT
         if not api:
@@ -90,19 +59,19 @@ class _Handler(BaseHTTPRequestHandler):
         prefix = f"{folder}/" if folder else ""
         inside = {path.removeprefix(prefix): data for path, data in files.items() if path.startswith(prefix)}
         if not inside:
-            return self._error(404, "EntryNotFound", body)
+            return self.refuse(404, "EntryNotFound", body)
         rows = [self._row(prefix + path, data) for path, data in inside.items() if "/" not in path]
         folders = sorted({path.split("/")[0] for path in inside if "/" in path})
         self._json([*rows, *({"type": "directory", "path": prefix + f, "oid": "d" * 40} for f in folders)], body)
 
     def _file(self, files: dict[str, bytes], path: str, commit: str, body: bool) -> None:
         if path not in files:
-            return self._error(404, "EntryNotFound", body)
+            return self.refuse(404, "EntryNotFound", body)
         data = files[path]
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if not asked:
-            return self._send(200, data, headers, body)
+            return self.send(200, data, headers, body)
         start, end = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
         headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
-        self._send(206, data[start : end + 1], headers, body)
+        self.send(206, data[start : end + 1], headers, body)

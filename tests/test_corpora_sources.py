@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ from corpora_fixtures import (
     write,
 )
 from hub_datasets import DataHub
+from hub_server import run_with_hub, serving
 
 from reapc.errors import ReapcError
 from reapc.mix import MixSource
@@ -270,28 +267,16 @@ def hub() -> Iterator[DataHub]:
         },
         "Salesforce/xlam-function-calling-60k": {"a.jsonl": lines(code)},
     }  # fmt: skip
-    server = DataHub(repos, gated=("Salesforce/xlam-function-calling-60k",))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def run(url: str, home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    env = {n: v for n, v in os.environ.items() if "proxy" not in n.lower() and not n.startswith("HF_")}
-    env |= {
-        "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "2",
-    }  # fmt: skip
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=240)
+    with serving(DataHub(repos, gated=("Salesforce/xlam-function-calling-60k",))) as server:
+        yield server
 
 
 def test_a_preset_is_streamed_from_the_hub(hub: DataHub, chat_model: Path, chat_tokenizer: Any, tmp_path: Path) -> None:
     out, held_out = tmp_path / "t.safetensors", tmp_path / "h.safetensors"
     options = ["--model", chat_model, "--sequences", 24, "--length", 256, "--held-out", 4, "--held-out-file", held_out]
-    done = run(hub.url, tmp_path / "home", "-m", "reapc", "corpora", "pack", "code", *options, "--out", out, "--json")
+    done = run_with_hub(
+        hub.url, tmp_path / "home", "-m", "reapc", "corpora", "pack", "code", *options, "--out", out, "--json"
+    )
     assert done.returncode == 0, done.stderr
     assert "corpus preset:code" in done.stderr  # how far it is
     summary = json.loads(done.stdout)
@@ -342,7 +327,7 @@ for keys in json.loads(sys.argv[1]):
 
 
 def errors_of(url: str, home: Path, sources: list[dict[str, str]]) -> list[tuple[int, str]]:
-    done = run(url, home, "-c", HUB_ERRORS, json.dumps(sources))
+    done = run_with_hub(url, home, "-c", HUB_ERRORS, json.dumps(sources))
     assert done.returncode == 0, done.stderr
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 

@@ -20,6 +20,7 @@ from reapc.progress import Silent
 from reapc.prune.criteria import choose, groups_of
 from reapc.prune.rewrite import prune
 from reapc.stream import StreamedModel
+from reapc.stream.experts import LayerObserver, RoutedPairs
 from reapc.stream.tokens import Tokens
 
 ROUTERS = {
@@ -88,20 +89,18 @@ def test_recorded_gate_weight_is_the_coefficient_of_the_model(tmp_path: Path, se
     checkpoint = Checkpoint(folder)
     streamed = StreamedModel(checkpoint)
 
-    class Recorder:
+    class Recorder(LayerObserver):
         """Adds weight x output of every routed pair to the row of the token that it belongs to."""
 
         def __init__(self, hidden: torch.Tensor) -> None:
             self.hidden, self.total, self.pairs = hidden, torch.zeros_like(hidden), 0
 
-        def routed(self, expert, inputs, activated, outputs, gate, tokens) -> None:
-            rows = torch.cdist(inputs, self.hidden).argmin(1)
-            torch.testing.assert_close(inputs, self.hidden[rows], rtol=1e-4, atol=1e-4)
-            self.total.index_add_(0, rows, outputs * gate[:, None])
-            self.pairs += len(gate)
-
-        def linear(self, module, inputs) -> None:
-            pass
+        def routed(self, pairs: RoutedPairs) -> None:
+            rows = torch.cdist(pairs.inputs, self.hidden).argmin(1)
+            torch.testing.assert_close(pairs.inputs, self.hidden[rows], rtol=1e-4, atol=1e-4)
+            assert pairs.tokens.tolist() == rows.tolist()
+            self.total.index_add_(0, rows, pairs.outputs * pairs.gate[:, None])
+            self.pairs += len(pairs.gate)
 
     hidden = streamed.embed(torch.from_numpy(tokens.input_ids.astype(np.int64)))
     for index, layer in enumerate(checkpoint.spec.layers):

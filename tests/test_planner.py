@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from specs import DEMO, demo_spec, qwen30b, recipe_of
 
+from reapc.arch import known
 from reapc.cli.plan import command
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.plan import Plan
@@ -178,3 +179,18 @@ def test_measured_pruning_loss_is_the_priors_for_an_even_share_and_falls_with_th
     assert measured_pruning_loss(0.25, 0.25) == pytest.approx(pruning_loss(0.25))
     assert measured_pruning_loss(0.25, 0.05) == pytest.approx(pruning_loss(0.25) / 5)
     assert measured_pruning_loss(0.0, 0.0) == 0
+
+
+def test_llama_cpp_serves_maverick_with_all_its_experts_only() -> None:
+    """It tells by the count how queries are computed (src/models/llama4.cpp); Scout's 16 may be pruned."""
+
+    def asked(name: str, **sections: Any) -> Plan:
+        spec = known.spec(name)
+        target = {"gpus": 8, "vram": "141GB", "compute_capability": "9.0"}
+        return make_plan(recipe_of(target, serve={"engine": "llama.cpp"}, **sections), spec, name)
+
+    maverick, scout = "meta-llama/Llama-4-Maverick-17B-128E-Instruct", "meta-llama/Llama-4-Scout-17B-16E-Instruct"
+    with pytest.raises(CannotBeDone, match="does not normalize queries and keys"):
+        asked(maverick, prune={"experts": 96})
+    assert asked(maverick).chosen.experts_kept == 128
+    assert asked(scout, prune={"experts": 12}).chosen.experts_kept == 12

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_model
+from conftest import make_model
+from hub_server import HubHandler, HubServer, run_with_hub, serving
 
 NAME = "some-org/tiny-moe"
 MAIN, TAGGED = "a" * 40, "b" * 40
@@ -26,22 +23,16 @@ NOT_NEEDED = {
 }  # fmt: skip
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(HubServer):
     """``commits`` maps a sha to files; ``cut`` names a file whose first ``cuts`` answers break off in the middle."""
 
-    daemon_threads = True
-
     def __init__(self, commits: dict[str, dict[str, bytes]]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.commits = commits
         self.revisions = {"main": MAIN, "v1.0": TAGGED, MAIN: MAIN, TAGGED: TAGGED}
         self.asked: list[tuple[str, str, str]] = []
         self.cut, self.cuts = "", 0
         self.status_of: dict[str, int] = {}
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
     def got(self) -> list[str]:
         """Files whose content was asked for, in order."""
@@ -51,45 +42,24 @@ class Hub(ThreadingHTTPServer):
         return {p.split("/resolve/")[1].split("/")[0] for _, p, _ in self.asked if "/resolve/" in p}
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(HubHandler):
     server: Hub
 
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _send(self, status: int, data: bytes, headers: dict[str, str], body: bool = True) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def _missing(self, code: str, body: bool) -> None:
-        self._send(404, b"{}", {"X-Error-Code": code, "X-Error-Message": "not here"}, body)
-
-    def _answer(self, body: bool) -> None:
+    def answer(self, body: bool) -> None:
         path = self.path.split("?")[0]
         self.server.asked.append((self.command, path, self.headers.get("Range") or ""))
         api = re.fullmatch(rf"/api/models/{NAME}/(revision|tree)/([^/]+)", path)
         file = re.fullmatch(rf"/{NAME}/resolve/([^/]+)/(.+)", path)
         if not api and not file:
-            return self._missing("RepoNotFound", body)
+            return self.refuse(404, "RepoNotFound", body)
         sha = self.server.revisions.get(api[2] if api else file[1])
         if sha is None:
-            return self._missing("RevisionNotFound", body)
+            return self.refuse(404, "RevisionNotFound", body)
         files = self.server.commits[sha]
         if api:
-            return self._send(200, self._listing(api[1], sha, files), {"Content-Type": "application/json"}, body)
+            return self.send(200, self._listing(api[1], sha, files), {"Content-Type": "application/json"}, body)
         if file[2] not in files:
-            return self._missing("EntryNotFound", body)
+            return self.refuse(404, "EntryNotFound", body)
         self._file(file[2], sha, files[file[2]], body)
 
     def _listing(self, kind: str, sha: str, files: dict[str, bytes]) -> bytes:
@@ -106,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _file(self, name: str, sha: str, data: bytes, body: bool) -> None:
         if body and name in self.server.status_of:
-            return self._send(self.server.status_of[name], b"", {})
+            return self.send(self.server.status_of[name], b"", {})
         etag = f'"{hashlib.sha256(data).hexdigest()}"'
         headers = {"ETag": etag, "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
@@ -116,13 +86,13 @@ class Handler(BaseHTTPRequestHandler):
         part = data[start:]
         if body and name == self.server.cut and self.server.cuts:
             self.server.cuts -= 1
-            self._send(206 if asked else 200, part, headers, body=False)
+            self.send(206 if asked else 200, part, headers, body=False)
             if not asked:
                 self.wfile.write(part[: len(part) // 2])
             self.wfile.flush()
             self.close_connection = True
             return
-        self._send(206 if asked else 200, part, headers, body)
+        self.send(206 if asked else 200, part, headers, body)
 
 
 @pytest.fixture(scope="module")
@@ -136,23 +106,12 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.fixture
 def hub(model_files: dict[str, bytes]) -> Iterator[Hub]:
     tagged = {**model_files, "README.md": b"# tagged"}
-    server = Hub({MAIN: {**model_files, **NOT_NEEDED}, TAGGED: tagged})
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Hub({MAIN: {**model_files, **NOT_NEEDED}, TAGGED: tagged})) as server:
+        yield server
 
 
 def run(hub: Hub, home: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    env = {
-        name: value for name, value in os.environ.items() if "proxy" not in name.lower() and not name.startswith("HF_")
-    }
-    env |= {
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1",
-    }  # fmt: skip
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+    return run_with_hub(hub.url, home, *command, timeout=120)
 
 
 FETCH = """

@@ -72,6 +72,20 @@ def refusal(spec: ModelSpec, fmt: str, target: Target, serve: ServeSection, kv: 
     return None
 
 
+# src/models/llama4.cpp: q and k are normalized unless there are just so many experts (Maverick's count).
+_LLAMA4_UNNORMALIZED = 128
+
+
+def fixed_experts(spec: ModelSpec) -> str | None:
+    """Why only the published expert count can be served, or None."""
+    if spec.gguf_arch == "llama4" and spec.num_experts == _LLAMA4_UNNORMALIZED:
+        return (
+            f"llama.cpp tells by {_LLAMA4_UNNORMALIZED} experts that a Llama-4 model does not normalize queries and "
+            "keys; with fewer it would compute wrongly"
+        )
+    return None
+
+
 def _without_window(kind: LayerKind) -> LayerKind:
     """The layer with a full cache: these architectures' loaders read no sliding window."""
     return replace(kind, cache=tuple(replace(stream, window=None) for stream in kind.cache))

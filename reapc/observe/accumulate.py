@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from reapc.stream.experts import LayerObserver, RoutedPairs
 from reapc.stream.tokens import Tokens
 
 ROUTING = ("routed_tokens", "gate_sum", "norm_sum", "gate_norm_sum", "gate_norm_sq_sum", "max_activation")
@@ -54,7 +55,7 @@ class _Pairs(NamedTuple):
     peaks: torch.Tensor
 
 
-class LayerSums:
+class LayerSums(LayerObserver):
     """Sums of one layer; ``arrays()`` is what the scores file holds of it."""
 
     def __init__(self, num_experts: int, hidden: int, width: int, moments: bool, groups: Groups) -> None:
@@ -85,24 +86,17 @@ class LayerSums:
         self._domains = None if (domains == domains[0]).all() else torch.from_numpy(np.repeat(domains, length))
         self._valid = None if mask is None else mask.reshape(-1).cpu()
 
-    def routed(
-        self,
-        expert: int,
-        inputs: torch.Tensor,
-        activated: torch.Tensor,
-        outputs: torch.Tensor,
-        gate: torch.Tensor,
-        tokens: torch.Tensor,
-    ) -> None:
-        """One expert's routed pairs of one batch (see ``LayerObserver.routed``)."""
+    def routed(self, pairs: RoutedPairs) -> None:
+        """See ``LayerObserver.routed``."""
+        outputs = pairs.outputs
         norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
         # amax and amin: on a CPU a tenth of what aminmax along an axis takes
         peaks = torch.maximum(outputs.amax(dim=-1), -outputs.amin(dim=-1))
-        self._pairs.append(_Pairs(expert, tokens, norms, gate, peaks))
+        self._pairs.append(_Pairs(pairs.expert, pairs.tokens, norms, pairs.gate, peaks))
         if self._want_moments:
-            for name, values in (("experts.gate_up", inputs), ("experts.down", activated)):
-                for domain, part in self._by_domain(values, tokens):
-                    self.moments[name][domain, expert] += _square_sums(part)
+            for name, values in (("experts.gate_up", pairs.inputs), ("experts.down", pairs.activated)):
+                for domain, part in self._by_domain(values, pairs.tokens):
+                    self.moments[name][domain, pairs.expert] += _square_sums(part)
 
     def _by_domain(self, values: torch.Tensor, tokens: torch.Tensor | None = None) -> list[tuple[int, torch.Tensor]]:
         """The rows of ``values`` by domain; ``tokens`` (rows,) says which token each is of; None: all in turn."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from reapc.errors import ReapcError
-from reapc.observe.scores import LazyArrays, Scores, expanded, is_maximum
+from reapc.observe.scores import LazyArrays, Scores, expanded, expanded_shape, is_maximum
 
 _SAME = ("digest", "num_experts", "top_k", "layers", "dtype")
 
@@ -89,13 +89,13 @@ def _counts_of(scores: Scores, key: str) -> np.ndarray:
     if counted := scores.header.get(key):
         return np.asarray(counted, np.float64)
     routing = next(name for name in scores.arrays if name.startswith("layers."))
-    counts = np.zeros(expanded(scores, routing).shape[:2])
+    counts = np.zeros(expanded_shape(scores, routing)[:2])
     counts[0, 0] = scores.header["tokens"] if key == "parts" else 0
     return counts
 
 
 def _shapes(scores: Scores, domains: int) -> dict[str, tuple[int, ...]]:
-    return {name: (domains, *expanded(scores, name).shape[1:]) for name in scores.arrays}
+    return {name: (domains, *expanded_shape(scores, name)[1:]) for name in scores.arrays}
 
 
 def _observed(parts: list[Scores], names: list[str]) -> list[dict[str, Any]]:

@@ -228,7 +228,7 @@ def observe_reference(checkpoint: Checkpoint, held_out: Tokens, work: Path, out:
     """Only the reference log-probabilities of ``held_out``: for a build whose scores are given."""
     remove(work)
     make_folder(work)
-    require_room(work, HiddenStates.disk_bytes(held_out, checkpoint.spec.hidden_size), "the hidden states")
+    require_room(work, disk_bytes(checkpoint, held_out, None), "the hidden states")
     model = StreamedModel(checkpoint)
     model.check_outer()
     states = states_of(model, held_out, work, "held-out")

@@ -102,10 +102,8 @@ class Scores:
 
         from reapc.checkpoint.streamed_writer import Slot, write_streamed
 
-        lazy = self.arrays.shapes if isinstance(self.arrays, LazyArrays) else None
-        shapes = lazy or {name: values.shape for name, values in self.arrays.items()}
-        slots = [Slot(name, "F64", tuple(shape)) for name, shape in shapes.items()]
-        tensors = (torch.from_numpy(np.ascontiguousarray(self.arrays[name], np.float64)) for name in shapes)
+        slots = [Slot(name, "F64", expanded_shape(self, name)) for name in self.arrays]
+        tensors = (torch.from_numpy(np.ascontiguousarray(expanded(self, name), np.float64)) for name in self.arrays)
         with atomic_path(path) as partial:
             write_streamed(partial, slots, tensors, metadata_of(self.header))
 
@@ -149,6 +147,15 @@ def load_scores(path: Path) -> Scores:
             return values
 
     return Scores(json.loads(metadata["header"]), LazyArrays({n: e.shape for n, e in entries.items()}, read))
+
+
+def expanded_shape(scores: Scores, name: str) -> tuple[int, ...]:
+    """The shape of ``expanded``, without reading it."""
+    arrays = scores.arrays
+    shape = tuple(arrays.shapes[name] if isinstance(arrays, LazyArrays) else arrays[name].shape)
+    if len(shape) > _own_axes(name):
+        return shape
+    return (1, *shape) if name.startswith("second_moment") else (1, PARTS, *shape)
 
 
 def expanded(scores: Scores, name: str) -> np.ndarray:

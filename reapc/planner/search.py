@@ -67,6 +67,11 @@ def kv_choices(engine: EngineName, requested: str) -> tuple[str, ...]:
     return llamacpp.kv_choices(requested) if engine == "llama.cpp" else vllm_rules.kv_choices(requested)
 
 
+def fixed_experts(engine: EngineName, spec: ModelSpec) -> str | None:
+    """Why an engine serves the published expert count only, or None."""
+    return llamacpp.fixed_experts(spec) if engine == "llama.cpp" else vllm_rules.fixed_experts(spec)
+
+
 def legal(question: Question, engine: EngineName, fmt: str, kv: str) -> str | None:
     """Why this cannot be served at any expert count, or None."""
     spec, target, serve = question.spec, question.target, question.serve
@@ -142,12 +147,12 @@ def search(question: Question, *, exhaustive: bool = True) -> Found:
     only what was sized)."""
     found = Found([], [], [])
     total = sum(device.capacity_bytes for device in question.target.devices) + question.target.ram
-    fixed = vllm_rules.fixed_experts(question.spec)
     whole = (question.spec.num_experts,)
     best = inf
     for bound, engine, fmt in _in_order(question, exhaustive):
         counts = question.counts
-        if engine == "vllm" and fixed is not None and counts != whole:
+        fixed = fixed_experts(engine, question.spec)
+        if fixed is not None and counts != whole:
             if whole[0] not in counts:
                 found.refused.append(Refusal(engine=engine, format=fmt, reason=fixed))
                 continue
@@ -315,7 +320,7 @@ def nearest_fits(question: Question, best: list[Candidate]) -> Callable[[Questio
     def fits(changed: Question) -> bool:
         for item in best:
             recounted = changed.counts != question.counts
-            if item.engine == "vllm" and recounted and vllm_rules.fixed_experts(changed.spec):
+            if recounted and fixed_experts(item.engine, changed.spec):
                 continue
             if layouts_of(changed, item.engine, item.format, item.kv_dtype).fits(min(changed.counts)):
                 return True

@@ -32,6 +32,7 @@ from reapc.checkpoint.gguf_writer import (
     with_number,
     write_gguf,
 )  # fmt: skip
+from reapc.engines.llamacpp import fixed_experts
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.observe.scores import Scores
 from reapc.progress import Progress
@@ -227,12 +228,8 @@ def _norms(source: GgufSource, layer: LayerSpec) -> NDArray[Any]:
 def _check_engine(source: GgufSource, count: int, dissolve: bool) -> None:
     """CannotBeDone for counts that llama.cpp would compute wrongly with, or stop at."""
     spec, where = source.spec, f"{source.path}: {count} experts"
-    # src/models/llama4.cpp: q and k are normalized unless there are 128 experts.
-    if source.arch == "llama4" and (spec.num_experts == 128) != (count == 128):
-        raise CannotBeDone(
-            f"{where}: llama.cpp tells by 128 experts whether a Llama-4 model normalizes queries and keys, and would "
-            f"compute wrongly with {count} of {spec.num_experts}"
-        )
+    if count != spec.num_experts and (reason := fixed_experts(spec)):
+        raise CannotBeDone(f"{where} of {spec.num_experts}: {reason}")
     # src/llama-model.cpp: GGML_ASSERT(n_expert_groups < n_expert)
     groups = 1 if dissolve else spec.n_group
     if f"{source.arch}.expert_group_count" in source.header.fields and count <= groups:

@@ -13,11 +13,12 @@ from reapc.stream.readahead import WINDOW_BYTES, Readahead
 
 
 class ExpertStore:
-    """``each(experts)`` yields their matrices on ``device`` in ``dtype``.
+    """``each(experts)`` yields their matrices on ``device`` in ``dtype``, good until the next are asked for.
 
     ``keep``: as many experts as are asked for first stay until the layer is dropped; the others are cast or decoded
-    again for every batch. ``helper``: the next one is made ready there while the caller computes with one. Neither
-    changes a value. ``stand_in``: given for every expert, where only memory is counted (needs.py).
+    again for every batch. ``helper``, on GPUs only: the next one is made ready there while the caller computes with one
+    (on a CPU it would take the memory of the one in use). Neither changes a value. ``stand_in``: given for every
+    expert, where only memory is counted (needs.py).
     """
 
     def __init__(self, reader: ExpertReader, readahead: Readahead, device: torch.device, dtype: torch.dtype) -> None:
@@ -32,15 +33,32 @@ class ExpertStore:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._kept: dict[int, Expert] = {}
         self._seen: set[int] = set()
+        self._room: dict[str, torch.Tensor] = {}
 
     def get(self, expert: int) -> Expert:
         """One expert's matrices; ReapcError where they hold NaN."""
         if (kept := self.stand_in or self._kept.get(expert)) is not None:
             return kept
-        found = self._cast(self.reader.load(expert))
+        stored = self.reader.load(expert)
         self._seen.add(expert)
         if len(self._kept) < self.keep:
-            self._kept[expert] = found
+            self._kept[expert] = self._cast(stored)
+            return self._kept[expert]
+        return self._cast(stored) if self.device.type != "cpu" else self._cast_in_place(stored)
+
+    def _cast_in_place(self, stored: Expert) -> Expert:
+        """In the memory of the expert before: fresh pages cost several times the cast itself, and what the C library
+        keeps of them grows."""
+        found = {}
+        with torch.inference_mode():  # where the room was made in one mode and is filled in the other
+            for key, tensor in stored.items():
+                room = self._room.get(key)
+                if tensor.dtype == self.dtype:
+                    found[key] = tensor
+                    continue
+                if room is None or room.shape != tensor.shape or room.stride() != tensor.stride():
+                    room = self._room[key] = torch.empty_like(tensor, dtype=self.dtype)
+                found[key] = room.copy_(tensor)
         return found
 
     def _cast(self, stored: Expert) -> Expert:

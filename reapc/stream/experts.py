@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,31 +15,35 @@ from reapc.stream.expert_store import ExpertStore
 from reapc.stream.expert_weights import Expert
 
 
-class LayerObserver(Protocol):
-    """What an accumulator is shown of one layer."""
+class RoutedPairs(NamedTuple):
+    """What one expert did in one batch: ``inputs`` (pairs, in), ``activated`` (pairs, width), ``outputs`` (pairs, in)
+    before the gate weight, ``gate`` (pairs,): the very coefficient that the model multiplies the output with;
+    ``tokens`` (pairs,), rising: which of the batch's rows x length tokens each pair is of."""
+
+    expert: int
+    inputs: torch.Tensor
+    activated: torch.Tensor
+    outputs: torch.Tensor
+    gate: torch.Tensor
+    tokens: torch.Tensor
+
+
+class LayerObserver:
+    """What an accumulator is shown of one layer. A subclass says what it wants to see."""
 
     def batch(self, rows: slice, length: int, mask: torch.Tensor | None) -> None:
         """A batch begins: the sequences ``rows`` of the token set, ``length`` tokens of each; ``mask`` (rows, length),
         True where a token is real, None where all are."""
 
-    def routed(
-        self,
-        expert: int,
-        inputs: torch.Tensor,
-        activated: torch.Tensor,
-        outputs: torch.Tensor,
-        gate: torch.Tensor,
-        tokens: torch.Tensor,
-    ) -> None:
-        """``inputs`` (pairs, in), ``activated`` (pairs, width), ``outputs`` (pairs, in) before the gate weight,
-        ``gate`` (pairs,): the very coefficient that the model multiplies the output with; ``tokens`` (pairs,), rising:
-        which of the batch's rows x length tokens each pair is of."""
+    def routed(self, pairs: RoutedPairs) -> None:
+        """The tokens of the batch that were sent to one expert."""
 
     def linear(self, module: str, inputs: torch.Tensor) -> None:
         """``inputs`` (tokens, in): what the linear called ``module`` (name on disk) is given."""
 
     def held_bytes(self) -> int:
         """What its sums take."""
+        return 0
 
 
 class StreamedExperts(nn.Module):
@@ -68,10 +72,11 @@ class StreamedExperts(nn.Module):
 
     def compute(self, part: Expert, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(activated, outputs) of the expert ``part`` for ``inputs`` (tokens, in)."""
-        activated = self._activated(inputs, part)
+        activated = self.activated_by(inputs, part)
         return activated, F.linear(activated, part["down"], part.get("down.bias"))
 
-    def _activated(self, inputs: torch.Tensor, part: Expert) -> torch.Tensor:
+    def activated_by(self, inputs: torch.Tensor, part: Expert) -> torch.Tensor:
+        """What the down projection of the expert ``part`` is given for ``inputs`` (tokens, in), (tokens, width)."""
         if "gate_up" in part:
             both = F.linear(inputs, part["gate_up"], part.get("gate_up.bias"))
             if self._gate is not None:
@@ -120,7 +125,7 @@ class StreamedExperts(nn.Module):
                 activated, outputs = self.compute(next(parts), inputs)
                 gate = gates[pairs]
                 if self.observer is not None:
-                    self.observer.routed(expert, inputs, activated, outputs, gate * self.scale, tokens)
+                    self.observer.routed(RoutedPairs(expert, inputs, activated, outputs, gate * self.scale, tokens))
                 # Sigmoid routers give fp32 gates in a 16-bit model too; the class rounds the product likewise.
                 result.index_add_(0, tokens, (outputs * gate[:, None]).to(result.dtype))
         return result
@@ -146,7 +151,8 @@ class ScaledInputExperts(StreamedExperts):
                 inputs = given[expert][tokens]
                 activated, outputs = self.compute(next(parts), inputs)
                 if self.observer is not None:
-                    self.observer.routed(expert, inputs, activated, outputs, torch.ones_like(outputs[:, 0]), tokens)
+                    ones = torch.ones_like(outputs[:, 0])
+                    self.observer.routed(RoutedPairs(expert, inputs, activated, outputs, ones, tokens))
                 result[expert][tokens] = outputs
         return result.reshape(hidden_states.shape)
 

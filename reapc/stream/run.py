@@ -81,7 +81,8 @@ def _mask(tokens: Tokens, batch: Batch, device: torch.device) -> torch.Tensor | 
     return None if mask.all() else torch.from_numpy(np.ascontiguousarray(mask)).to(device)
 
 
-def _ids(tokens: Tokens, batch: Batch) -> torch.Tensor:
+def ids_of(tokens: Tokens, batch: Batch) -> torch.Tensor:
+    """The batch's token ids, (rows, length) int64."""
     return torch.from_numpy(tokens.input_ids[batch.rows, : batch.length].astype(np.int64))
 
 
@@ -104,13 +105,13 @@ def run_layers(
     total = sum(batch.tokens for _, _, batch in batches)
     with progress.task(name, total * (layers - start_layer), "tokens x layers") as advance:
         for states, _, batch in batches if start_layer == 0 else ():
-            states.write(0, batch, models[0].embed(_ids(states.tokens, batch)))
+            states.write(0, batch, models[0].embed(ids_of(states.tokens, batch)))
         with layers_of(models, start_layer, plan) as loaded:
             for model, layer in loaded:
                 observer = observer_of(layer.index)
                 with model.computing(layer) as forward:
                     for states, observed, batch in batches:
-                        _compute(model, forward, layer.index, states, batch, observer if observed else None)
+                        compute_batch(model, forward, layer.index, states, batch, observer if observed else None)
                         advance(batch.tokens)
                 layer.finish()
                 index = layer.index
@@ -126,7 +127,7 @@ def batches_of(tokens: Tokens, plan: MemoryPlan | None = None) -> Iterator[Batch
         yield from (batch,) if plan is None else plan.cut(batch)
 
 
-def _compute(
+def compute_batch(
     model: StreamedModel,
     forward: Forward,
     index: int,
@@ -134,7 +135,8 @@ def _compute(
     batch: Batch,
     observer: LayerObserver | None,
 ) -> None:
-    """One batch through one layer. A function of its own: nothing of a batch outlives it."""
+    """One batch through one layer: its states before the layer are read, and those behind it stored. A function of its
+    own: nothing of a batch outlives it."""
     hidden = states.read(index, batch.rows, batch.length).to(model.device, model.dtype)
     carried = states.read_carried(index, batch)
     if carried is not None:
@@ -142,6 +144,6 @@ def _compute(
     mask = _mask(states.tokens, batch, model.device)
     if observer is not None:
         observer.batch(batch.rows, batch.length, mask)
-    result = forward(hidden, mask, observer, _ids(states.tokens, batch), carried)
+    result = forward(hidden, mask, observer, ids_of(states.tokens, batch), carried)
     states.write(index + 1, batch, result)
     states.write_carried(index + 1, batch, model.carried)
