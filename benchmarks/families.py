@@ -155,7 +155,7 @@ def write_model(name: str, folder: Path) -> Checkpoint:
     with wider():
         small = shrink(published(name), name, None, VOCABULARY)
     folder.mkdir(parents=True)
-    write_checkpoint(small, folder, Silent(), towers=False)
+    write_checkpoint(small, folder, towers=False)
     checkpoint = Checkpoint(folder)
     checkpoint.digest  # noqa: B018 - hashed once, not part of the forward
     return checkpoint
@@ -204,7 +204,7 @@ def measure(name: str, root: Path, seed: int) -> Row:
     ids = np.random.default_rng(seed).integers(3, spec.vocab_size - 64, (SEQUENCES, LENGTH)).astype(np.int32)
     tokens = Tokens(ids, np.ones(ids.shape, bool), np.zeros(SEQUENCES, np.int32))
     decoder = plain_decoder(checkpoint)
-    batches = [torch.from_numpy(ids[rows].astype(np.int64)) for rows in tokens.batches(TOKENS_PER_BATCH)]
+    batches = [torch.from_numpy(ids[rows].astype(np.int64)) for rows, _ in tokens.batches(TOKENS_PER_BATCH)]
 
     def plain(how: str) -> None:
         if how in IMPLEMENTATIONS:

@@ -20,6 +20,7 @@ from reapc.emit import write_result
 from reapc.errors import ReapcError
 from reapc.estimate import Estimate, estimate
 from reapc.formats.weights import WeightFormat
+from reapc.healing import heal_and_judge, split
 from reapc.observe.corpus import load_data, load_split
 from reapc.observe.observe import observe, observe_reference
 from reapc.observe.reference import read_reference
@@ -119,6 +120,7 @@ class Build:
         self.progress = progress
         self.start = time.monotonic()
         self.stability: dict[str, Any] = {}
+        self.healing: dict[str, Any] = {}
         self.quantized: dict[str, Any] = {}  # what the manifest says of a quantized checkpoint
         self.cache = StageCache(cache_root() / "stages", progress.log)
         make_folder(self.cache.root)
@@ -133,6 +135,8 @@ class Build:
         if given and scores:
             check_scores(given, checkpoint, scores)
         calibration, held_out = _split(recipe, folder, checkpoint.spec, progress)
+        if recipe.prune.heal:
+            split(calibration)  # refuses too few sequences before anything is computed
         self.inputs = _Inputs(recipe, checkpoint, calibration, held_out, given)
 
     @property
@@ -146,7 +150,10 @@ class Build:
         tool = quantizer.writer_for(fmt, settings.writer).tool if fmt is not None else ""
         iters = quantizer.DEFAULT_ITERS if settings.iters == "auto" else settings.iters
         decoded = self.requirements.decodes(chosen)
-        return estimate(inputs.checkpoint, self.first_plan, inputs.calibration, inputs.held_out, tool, iters, decoded)
+        healed = self.requirements.heals(chosen)
+        return estimate(
+            inputs.checkpoint, self.first_plan, inputs.calibration, inputs.held_out, tool, iters, decoded, healed
+        )
 
     def run(self, out: Path) -> BuildResult:
         """Builds into ``out``; does nothing when this very result is there."""
@@ -165,6 +172,10 @@ class Build:
         kept = choose(scores, plan.criterion, plan.chosen.experts_kept, groups)
         self._say_stability(scores, plan, groups)
         pruned, pruned_key = self._prune(kept, plan, scores)
+        if self.requirements.decodes(plan.chosen):
+            pruned, pruned_key = self._decode(pruned, pruned_key)
+        if self.requirements.heals(plan.chosen):
+            pruned, pruned_key = self._heal(pruned, pruned_key)
         result = self._quantize(pruned, pruned_key, plan)
         fit = check_fit(result, plan)
         fidelity = self._fidelity(result, reference)
@@ -266,8 +277,6 @@ class Build:
 
     def _quantize(self, pruned: Path, pruned_key: str, plan: Plan) -> Path:
         """The GGUF file, or the folder that vLLM serves: the pruned one where it stays in what it is stored in."""
-        if self.requirements.decodes(plan.chosen):
-            pruned, pruned_key = self._decode(pruned, pruned_key)
         if plan.chosen.engine == "llama.cpp":
             return self._quantize_gguf(pruned, pruned_key, plan)
         fmt = self.requirements.written(plan.chosen)
@@ -281,6 +290,24 @@ class Build:
             decode(Checkpoint(pruned), folder / "model", self.progress)
 
         folder, key = self.cache.run("decode", depends, work)
+        return folder / "model", key
+
+    def _heal(self, pruned: Path, pruned_key: str) -> tuple[Path, str]:
+        """The pruned checkpoint refitted to the original on the calibration text, and its key."""
+        checkpoint, calibration = self.inputs.checkpoint, self.inputs.calibration
+        depends = {
+            "original": checkpoint.digest,
+            "model": pruned_key,
+            "calibration": calibration.digest,
+            "reapc": __version__,
+        }
+
+        def work(folder: Path, scratch: Path) -> None:
+            found = heal_and_judge(checkpoint, pruned, calibration, scratch, folder / "model", self.progress)
+            (folder / "healing.json").write_text(json.dumps(found.to_json(), indent=2) + "\n")
+
+        folder, key = self.cache.run("heal", depends, work)
+        self.healing = json.loads((folder / "healing.json").read_text())
         return folder / "model", key
 
     def _quantize_checkpoint(self, pruned: Path, pruned_key: str, fmt: WeightFormat) -> Path:
@@ -409,6 +436,7 @@ class Build:
             "format": plan.chosen.format,
             "as_stored": self.requirements.copies(plan.chosen),
             "engine": plan.chosen.engine,
+            "healing": self.healing,
             "fit": [row.__dict__ for row in fit],
             **self.quantized,
             "fidelity": fidelity.to_json(),

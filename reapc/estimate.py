@@ -11,6 +11,7 @@ import numpy as np
 from reapc.checkpoint.reader import Checkpoint
 from reapc.observe.observe import disk_bytes
 from reapc.plan import Plan
+from reapc.prune.heal_sides import disk_bytes as heal_bytes
 from reapc.quantize import worker
 from reapc.stream.run import TOKENS_PER_BATCH
 from reapc.stream.tokens import Tokens
@@ -19,6 +20,7 @@ from reapc.units import format_bytes, format_seconds
 # Shares of a large matrix product's rate that passes reach; measured on the demo model, two cores.
 _FORWARD_EFFICIENCY = 0.35
 _COPY_BYTES_PER_SECOND = 300e6
+_HEALING_FORWARDS = 6  # both models' layers and the sweeps, in plain forwards
 _QUANTIZE_WEIGHTS_PER_SECOND_AND_CORE = 4e6
 _BASE_MEMORY_BYTES = 600 << 20
 # AutoRound tunes a layer on batches of up to 8 sequences of 512 tokens: forward and backward are three forwards.
@@ -55,11 +57,11 @@ def _matmul_rate() -> float:
 
 def estimate(
     checkpoint: Checkpoint, plan: Plan, calibration: Tokens, held_out: Tokens, tool: str = "", iters: int = 0,
-    decoded: bool = False,
+    decoded: bool = False, healed: bool = False,
 ) -> Estimate:  # fmt: skip
     """The needs of a build of ``plan``: two observations, a verification, the copies between, and the quantizer.
     ``tool`` writes a vLLM format ("" where none is written), AutoRound with ``iters`` steps per layer. ``decoded``: the
-    pruned checkpoint is written in 16 bit once more."""
+    pruned checkpoint is written in 16 bit once more. ``healed``: it is refitted to the original."""
     spec, chosen = checkpoint.spec, plan.chosen
     active = spec.active_parameters
     tokens = 2 * calibration.count + 2 * held_out.count
@@ -80,8 +82,19 @@ def estimate(
     if tool in ("auto-round", "gptqmodel"):
         memory = worker.needed_bytes(pruned_spec, tool)
         seconds += 2 * active * 2 * calibration.count / (_matmul_rate() * _FORWARD_EFFICIENCY)
+    if healed:
+        seconds += _HEALING_FORWARDS * 2 * active * calibration.count / (_matmul_rate() * _FORWARD_EFFICIENCY)
+        pruned_bytes += 2 * round(2 * pruned_spec.parameters)  # healed layers, then the healed checkpoint
     reference = 4 * held_out.input_ids.size * min(spec.vocab_size, 512)
-    disk = disk_bytes(checkpoint, calibration, held_out) + reference + pruned_bytes + base_bytes + chosen.file_bytes
+    hidden_states = heal_bytes(calibration, spec.hidden_size) if healed else 0
+    disk = (
+        hidden_states
+        + disk_bytes(checkpoint, calibration, held_out)
+        + reference
+        + pruned_bytes
+        + base_bytes
+        + chosen.file_bytes
+    )
     layer = max(
         sum(group.unit_parameters * (3 if group.role == "expert" else 1) for group in layer.kind.tensors)
         for layer in spec.layers

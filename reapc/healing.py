@@ -3,22 +3,26 @@ model's own output. What healing made worse is not shipped."""
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from reapc.checkpoint.atomic import remove
+from reapc.checkpoint.atomic import claim_folder, remove
 from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import ReapcError
 from reapc.progress import Progress
 from reapc.prune.heal import HealedLayer, heal, write_with
+from reapc.prune.rewrite import prune
 from reapc.stream.tokens import Tokens
 from reapc.verify.fidelity import Fidelity, compare
 
 # Of 20 sequences of a domain: so many choose the strength of the refit, and so many report; the others are fitted.
 _CHOICE, _REPORT, _OF = 3, 3, 20
+_OWN_FOLDER = re.compile(r"^(identity|pruned|heal)(\.partial)?$")
 TOP1_LOSS = 0.01  # top-1 that a healed model may lose
 
 
@@ -66,6 +70,28 @@ def split(tokens: Tokens, seed: int = 0) -> tuple[Tokens, Tokens, Tokens]:
     return fit, choice, report
 
 
+def prune_and_heal(
+    original: Checkpoint,
+    kept: dict[int, list[int]],
+    tokens: Tokens,
+    work: Path,
+    out: Path,
+    progress: Progress,
+    **settings: Any,
+) -> tuple[int, Healed]:
+    """Writes ``original`` with only the experts ``kept``, healed, to the folder ``out``; the bytes of its shards.
+
+    ``settings``: see ``prune``. ``work`` holds the pruned checkpoint and what healing is resumed from."""
+    names = {str(layer): experts for layer, experts in kept.items()}
+    claim_folder(work, json.dumps([original.digest, names, tokens.digest]), _OWN_FOLDER)
+    pruned = work / "pruned"
+    if not pruned.is_dir():  # else left by an interrupted run
+        prune(original, kept, pruned, progress, **settings)
+    healed = heal_and_judge(original, pruned, tokens, work / "heal", out, progress)
+    remove(work)
+    return sum(shard.stat().st_size for shard in Checkpoint(out).shards), healed
+
+
 def heal_and_judge(
     original: Checkpoint, pruned: Path, tokens: Tokens, work: Path, out: Path, progress: Progress, **settings: Any
 ) -> Healed:
@@ -77,11 +103,12 @@ def heal_and_judge(
     result = Healed(
         layers, compare(original.folder, pruned, report, progress), compare(original.folder, out, report, progress)
     )
+    progress.log(
+        f"heal: KL {result.before.kl:.4f} -> {result.after.kl:.4f}, top-1 {result.before.top1:.4f} -> "
+        f"{result.after.top1:.4f} on {result.after.tokens} tokens that nothing was fitted to or chosen by"
+    )
     if not result.kept:
-        progress.log(
-            f"heal: KL {result.before.kl:.4f} -> {result.after.kl:.4f}, top-1 {result.before.top1:.4f} -> "
-            f"{result.after.top1:.4f}: worse, so the result stays unhealed"
-        )
+        progress.log("heal: worse, so the result stays unhealed")
         remove(out)
         write_with(checkpoint, [], out)
     return result

@@ -70,6 +70,8 @@ class PruneSection(_Section):
     mtp: Literal["drop", "prune"] = "drop"
     # one group of the router's groups, so that experts are chosen freely: routing changes
     dissolve_groups: bool = False
+    # the kept experts' down projections refitted in closed form to what the original gave (prune/heal.py)
+    heal: bool = False
 
 
 class QuantizeSection(_Section):
@@ -231,6 +233,11 @@ def make_recipe(data: dict[str, Any], path: Path) -> Recipe:
         raise ReapcError(
             f'{where}: quantize.mixed, but quantize.method = "{recipe.quantize.method}"',
             hint="llama-quantize mixes types by itself; mixed is for auto_round, gptq and fp8",
+        )
+    if recipe.prune.heal and recipe.prune.method == "none":
+        raise ReapcError(
+            f'{where}: prune.heal = true, but prune.method = "none": without pruning there is nothing to heal',
+            hint="remove one of the two",
         )
     if recipe.prune.method == "none" and (recipe.prune.experts != "auto" or recipe.prune.ratio not in ("auto", 0)):
         raise ReapcError(f'{where}: prune.method = "none" but prune.ratio or prune.experts asks for pruning')

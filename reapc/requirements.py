@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from reapc.checkpoint.reader import Checkpoint
+from reapc.errors import CannotBeDone
 from reapc.formats.weights import WeightFormat, parse
 from reapc.plan import Candidate, Plan
 from reapc.planner.search import make_plan
@@ -43,13 +44,29 @@ class Requirements:
         quantization = self.checkpoint.quantization
         if quantization is None or self.copies(chosen):
             return False
+        if self.heals(chosen):
+            return True
         if chosen.engine == "vllm" or quantization.method == "mxfp4":
             return chosen.engine == "vllm"
         fused = any(linear.experts for linear in self.checkpoint.packed.values())
         return quantization.method != "fp8" or "weight_block_size" not in quantization.config or fused
 
+    def heals(self, chosen: Candidate) -> bool:
+        """Whether the pruned checkpoint is refitted to the original. CannotBeDone where the result consists of the
+        checkpoint's own quantized bytes: refitted weights would have to be quantized anew."""
+        if not self.recipe.prune.heal or chosen.experts_kept == self.checkpoint.spec.num_experts:
+            return False
+        if self.checkpoint.quantization is not None and self.copies(chosen):
+            raise CannotBeDone(
+                f"{self.checkpoint.folder}: prune.heal = true, and the plan keeps the bytes as they are stored "
+                f"({chosen.format}): healed weights are not quantized anew in this version",
+                hint="set prune.heal = false, or another quantize.method",
+            )
+        return True
+
     def check_tools(self, chosen: Candidate) -> dict[str, str]:
         """Whatever the plan's quantizer needs is looked for before anything is computed; versions of its packages."""
+        self.heals(chosen)
         if chosen.engine == "llama.cpp":
             for tool in ("convert", "quantize", "lib_dir"):
                 require(tool)

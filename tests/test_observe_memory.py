@@ -191,6 +191,31 @@ def test_experts_kept_and_layers_ahead_change_no_bit(
     assert not workers()
 
 
+def test_loading_ahead_leaves_the_threads_to_the_layer_that_is_computed(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second team of OpenMP threads makes the first one sleep between operators."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen: dict[str, set[int]] = {}
+    load = StreamedModel.load
+
+    def watched(model: StreamedModel, index: int):
+        here = threading.current_thread()
+        seen.setdefault("main" if here is threading.main_thread() else here.name, set()).add(torch.get_num_threads())
+        return load(model, index)
+
+    monkeypatch.setattr(StreamedModel, "load", watched)
+    checkpoint = Checkpoint(sources["bf16"])
+    try:
+        observe(checkpoint, tokens_of(checkpoint.spec.vocab_size), tmp_path / "work", Silent())
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen.pop("main") == {2}
+    assert list(seen.values()) == [{1}]
+
+
 def test_kept_experts_are_decoded_once(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,20 @@ def _opened(model: str, revision: str | None) -> tuple[Any, Callable[..., None],
     return Checkpoint(fetch(model, revision, Path(".")), as_stored=True), check_scores, prune
 
 
+def _tokens_to_heal(source: Any, tokens: Path) -> Any:
+    """The tokens of the file; ReapcError for a source that cannot be healed, and for too few sequences."""
+    from reapc.checkpoint.reader import Checkpoint
+    from reapc.healing import split
+    from reapc.stream.tokens import read_tokens
+
+    if not isinstance(source, Checkpoint):
+        raise ReapcError("--heal with a GGUF file", hint="heal the checkpoint that it was made of, and convert that")
+    source.refuse_quantized("healing")
+    text = read_tokens(tokens, source.spec.vocab_size)
+    split(text)
+    return text
+
+
 @click.command("prune")
 @click.argument("model")
 @click.option("--revision", help="Revision of a hub model.")
@@ -45,6 +59,8 @@ def _opened(model: str, revision: str | None) -> tuple[Any, Callable[..., None],
     is_flag=True,
     help="Make one group of the router's groups, and choose experts freely: routing changes.",
 )
+@click.option("--heal", is_flag=True, help="Refit the kept experts to what MODEL gave on --tokens, in closed form.")
+@click.option("--tokens", type=click.Path(path_type=Path), help="For --heal: safetensors with input_ids.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder (or GGUF file) to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON summary.")
 def command(
@@ -56,6 +72,8 @@ def command(
     criterion: str,
     mtp: Literal["drop", "prune"],
     dissolve_groups: bool,
+    heal: bool,
+    tokens: Path | None,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -71,7 +89,12 @@ def command(
 
     if (ratio is None) == (experts is None):
         raise ReapcError("give one of --ratio and --experts")
+    if heal != (tokens is not None):
+        raise ReapcError("--heal and --tokens go together", hint="healing refits to MODEL on the tokens of a file")
+    if out.exists():
+        raise ReapcError(f"{out}: exists already", hint="remove it or choose another --out")
     source, check_scores, prune = _opened(model, revision)
+    text = _tokens_to_heal(source, tokens) if tokens else None
     spec = source.spec
     kept = experts if experts is not None else kept_count(spec.num_experts, float(ratio or 0))
     check_kept(kept, spec.num_experts, spec.top_k)
@@ -79,12 +102,18 @@ def command(
     scores = load_scores(scores_file)
     check_scores(scores, source, scores_file)
     chosen = choose(scores, criterion, kept, groups_of(spec, dissolve_groups))
-    size = prune(
-        source, chosen, out, make_progress(), mtp=mtp, dissolve_groups=dissolve_groups,
-        values=expert_values(scores, criterion),
-    )  # fmt: skip
+    settings = {"mtp": mtp, "dissolve_groups": dissolve_groups, "values": expert_values(scores, criterion)}
+    healing: dict[str, Any] = {}
+    if text is None:
+        size = prune(source, chosen, out, make_progress(), **settings)
+    else:
+        from reapc.healing import prune_and_heal
+
+        work = out.with_name(out.name + ".work")
+        size, found = prune_and_heal(source, chosen, text, work, out, make_progress(), **settings)
+        healing = {"healing": found.to_json()}
     if as_json:
         dropped = {str(i): sorted(set(range(spec.num_experts)) - set(kept_)) for i, kept_ in chosen.items()}
-        click.echo(json.dumps({"output": str(out), "experts_kept": kept, "bytes": size, "dropped": dropped}))
+        click.echo(json.dumps({"output": str(out), "experts_kept": kept, "bytes": size, "dropped": dropped, **healing}))
     else:
         click.echo(f"{out}: {kept} of {spec.num_experts} experts per layer, {format_bytes(size)}")

@@ -79,7 +79,12 @@ def _sections(recipe: Recipe, real: Plan, shrunk: Shrunk, model: Path, fmt: str)
             "kv_cache": chosen.kv_dtype if recipe.serve.kv_cache == "auto" else recipe.serve.kv_cache,
             "tensor_parallel": "auto",
         },
-        "prune": {"method": prune.method, "mtp": prune.mtp, "dissolve_groups": prune.dissolve_groups},
+        "prune": {
+            "method": prune.method,
+            "mtp": prune.mtp,
+            "dissolve_groups": prune.dissolve_groups,
+            "heal": prune.heal,
+        },
         "quantize": {
             "method": quantize.writer,
             "format": fmt,

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
+import torch
+from threadpoolctl import threadpool_limits
+
 from reapc.stream.budget import MemoryPlan
 from reapc.stream.model import LoadedLayer, StreamedModel
 
@@ -17,15 +20,16 @@ def layers_of(
     """Yields the layers from ``start``, each with the model that computes it: those of several devices take turns, and
     there the experts that are kept are made ready ahead too. Errors of the background are raised when its layer's turn
     comes; behind this context no thread is left."""
+    on_gpu = models[0].device.type == "cuda"
     with ExitStack() as stack:
 
         def worker(name: str) -> ThreadPoolExecutor:
-            pool = ThreadPoolExecutor(1, f"reapc-{name}")
+            pool = ThreadPoolExecutor(1, f"reapc-{name}", None if on_gpu else _compute_alone)
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
             return pool
 
         loader = worker("layers") if plan is not None and plan.ahead else None
-        helper = worker("experts") if models[0].device.type == "cuda" else None
+        helper = worker("experts") if on_gpu else None
 
         def load(index: int, ahead: bool) -> LoadedLayer:
             layer = models[index % len(models)].load(index)
@@ -47,3 +51,10 @@ def layers_of(
                 yield models[index % len(models)], box.pop()  # nothing here holds it while it is computed
 
         yield layers()
+
+
+def _compute_alone() -> None:
+    """Keeps a thread's operators to itself. A second team makes more OpenMP threads than there are cores; libgomp then
+    puts those of the first to sleep between operators, and computing takes a quarter longer (seen on two cores)."""
+    torch.get_num_threads()  # torch sets a thread's number at its first use, which would undo the limit
+    threadpool_limits(1, user_api="openmp")
