@@ -20,13 +20,14 @@ from reapc.units import format_bytes, format_seconds
 # Shares of a large matrix product's rate that passes reach; measured on the demo model, two cores.
 _FORWARD_EFFICIENCY = 0.35
 _COPY_BYTES_PER_SECOND = 300e6
-_HEALING_FORWARDS = 6  # both models' layers and the sweeps, in plain forwards
 _QUANTIZE_WEIGHTS_PER_SECOND_AND_CORE = 4e6
 _BASE_MEMORY_BYTES = 600 << 20
 # AutoRound tunes a layer on batches of up to 8 sequences of 512 tokens: forward and backward are three forwards.
 _TUNED_TOKENS, _TUNED_FORWARDS = 4096, 3
 # GPTQ: seconds per weight and core of the column by column rounding; measured on the demo model, two cores.
 _GPTQ_WEIGHTS_PER_SECOND_AND_CORE = 0.5e6
+# Healing in plain forwards, both models' layers and the sweeps: the most that it is meant to take, not measured.
+_HEALING_FORWARDS = 6
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,14 @@ def estimate(
     if tool in ("auto-round", "gptqmodel"):
         memory = worker.needed_bytes(pruned_spec, tool)
         seconds += 2 * active * 2 * calibration.count / (_matmul_rate() * _FORWARD_EFFICIENCY)
+    healed_bytes = 0
     if healed:
         seconds += _HEALING_FORWARDS * 2 * active * calibration.count / (_matmul_rate() * _FORWARD_EFFICIENCY)
-        pruned_bytes += 2 * round(2 * pruned_spec.parameters)  # healed layers, then the healed checkpoint
+        # the healed layers, then the healed checkpoint
+        healed_bytes = 2 * 2 * pruned_spec.parameters + heal_bytes(calibration, spec.hidden_size)
     reference = 4 * held_out.input_ids.size * min(spec.vocab_size, 512)
-    hidden_states = heal_bytes(calibration, spec.hidden_size) if healed else 0
-    disk = (
-        hidden_states
-        + disk_bytes(checkpoint, calibration, held_out)
-        + reference
-        + pruned_bytes
-        + base_bytes
-        + chosen.file_bytes
-    )
+    copies = pruned_bytes + healed_bytes + base_bytes + chosen.file_bytes
+    disk = disk_bytes(checkpoint, calibration, held_out) + reference + copies
     layer = max(
         sum(group.unit_parameters * (3 if group.role == "expert" else 1) for group in layer.kind.tensors)
         for layer in spec.layers

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from reapc.checkpoint.atomic import claim_folder, remove
+from reapc.checkpoint.atomic import claim_folder, refuse_existing, remove
 from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import ReapcError
 from reapc.progress import Progress
@@ -82,8 +82,12 @@ def prune_and_heal(
     """Writes ``original`` with only the experts ``kept``, healed, to the folder ``out``; the bytes of its shards.
 
     ``settings``: see ``prune``. ``work`` holds the pruned checkpoint and what healing is resumed from."""
+    refuse_existing(out)
+    asked = {name: value for name, value in settings.items() if name != "values"}
+    worth = {str(layer): values.tolist() for layer, values in (settings.get("values") or {}).items()}
     names = {str(layer): experts for layer, experts in kept.items()}
-    claim_folder(work, json.dumps([original.digest, names, tokens.digest]), _OWN_FOLDER)
+    model = [original.digest, original.side_digest]
+    claim_folder(work, json.dumps([model, names, asked, worth, tokens.digest], sort_keys=True), _OWN_FOLDER)
     pruned = work / "pruned"
     if not pruned.is_dir():  # else left by an interrupted run
         prune(original, kept, pruned, progress, **settings)

@@ -11,38 +11,18 @@ import pytest
 import torch
 from conftest import make_model, make_project, make_tokens, run_main
 from quantized_models import quantized
+from test_build import RECIPE as BUILD
 
 from reapc import healing
 from reapc.checkpoint.reader import Checkpoint
 from reapc.stages import StageCache
 from reapc.stream.tokens import write_tokens
 
-RECIPE = """
-[model]
-source = "model"
-
-[target]
-ram = "80MB"
-
-[serve]
-context = 512
-
-[prune]
-experts = 8
-heal = true
-
-[quantize]
-format = "BF16"
-pre_tokenizer = "qwen2"
-
-[calibration]
-data = "tokens.safetensors"
-sequences = 56
-tokens = 64
-
-[verify]
-sequences = 4
-"""
+RECIPE = (
+    BUILD.replace("experts = 9", "experts = 8\nheal = true")
+    .replace('format = "Q4_K_M"', 'format = "BF16"')
+    .replace("sequences = 16", "sequences = 56")
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +53,7 @@ def test_a_build_heals_what_it_prunes(project: Path, cache: str, capsys, tmp_pat
 def test_a_build_that_healing_made_worse_ships_unhealed(
     project: Path, cache: str, capsys, tmp_path: Path, monkeypatch
 ) -> None:
-    """Sequences enough for healing, and no loss of top-1 is small enough."""
+    """Told that top-1 has to rise by more than it can, no result is good enough."""
     monkeypatch.setattr(healing, "TOP1_LOSS", -1.0)
     folders = {}
     run = StageCache.run
@@ -90,6 +70,18 @@ def test_a_build_that_healing_made_worse_ships_unhealed(
     assert not json.loads((tmp_path / "out" / "manifest.json").read_text())["healing"]["healed"]
     pruned, shipped = (Checkpoint(folders[name] / "model") for name in ("prune", "heal"))
     assert all(torch.equal(pruned.tensor(name), shipped.tensor(name)) for name in pruned.entries)
+
+
+def test_a_quantized_source_is_decoded_and_then_healed(project: Path, cache: str, capsys, tmp_path: Path) -> None:
+    """FP8 in tiles, which the converter would have read as it is."""
+    quantized(project / "model", tmp_path / "fp8", "fp8-block")
+    shutil.copy(project / "tokens.safetensors", tmp_path)
+    (tmp_path / "fp8.toml").write_text((project / "tiny.toml").read_text().replace('"model"', '"fp8"'))
+    code, _, err = run_main(capsys, "build", tmp_path / "fp8.toml", "--out", tmp_path / "out")
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert found["healing"]["healed"]
+    assert list(found["stage_seconds"])[:4] == ["observe", "prune", "decode", "heal"]
 
 
 def test_what_cannot_be_healed_is_refused_before_anything_is_computed(
@@ -159,6 +151,14 @@ def test_prune_heals(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) ->
         assert code == 0, err
     for shard in after.shards:
         assert (tmp_path / "again" / shard.name).read_bytes() == shard.read_bytes()
+
+    # what an interrupted run pruned for another request is not taken
+    with monkeypatch.context() as patched:
+        patched.setattr(healing, "heal", interrupted)
+        run_main(capsys, *healed[:-1], tmp_path / "changed")
+        patched.setattr(healing, "prune", interrupted)
+        code, _, _ = run_main(capsys, *healed[:-1], tmp_path / "changed", "--criterion", "frequency")
+        assert (code != 0, list((tmp_path / "changed.work").iterdir())) == (True, [tmp_path / "changed.work/identity"])
 
     code, _, err = run_main(capsys, *base, "--heal", "--out", tmp_path / "other")
     assert (code, "--heal and --tokens go together" in err) == (2, True)

@@ -82,6 +82,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def refuse_existing(out: Path) -> None:
+    """ReapcError where the folder that is to be written is there already."""
+    if out.exists():
+        raise ReapcError(f"{out}: exists already", hint="remove it or choose another folder")
+
+
 def claim_folder(folder: Path, identity: str, own: re.Pattern[str]) -> None:
     """Makes ``folder`` the work folder of the run that ``identity`` names, in a file of this name: what an interrupted
     run of the same left stays, what a run of another left is removed. ReapcError where there is something that no run

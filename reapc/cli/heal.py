@@ -7,8 +7,6 @@ from pathlib import Path
 
 import click
 
-from reapc.errors import ReapcError
-
 
 @click.command("heal")
 @click.argument("original")
@@ -33,10 +31,10 @@ def command(
 
     Only down projections change, in closed form. The result is a stock checkpoint.
     """
+    from reapc.checkpoint.atomic import refuse_existing
     from reapc.checkpoint.source import fetch
 
-    if out.exists():
-        raise ReapcError(f"{out}: exists already", hint="remove it or choose another folder")
+    refuse_existing(out)
     folder = fetch(original, revision, Path("."))
     from reapc.checkpoint.reader import Checkpoint
     from reapc.cli.progress import make_progress

@@ -91,8 +91,6 @@ def command(
         raise ReapcError("give one of --ratio and --experts")
     if heal != (tokens is not None):
         raise ReapcError("--heal and --tokens go together", hint="healing refits to MODEL on the tokens of a file")
-    if out.exists():
-        raise ReapcError(f"{out}: exists already", hint="remove it or choose another --out")
     source, check_scores, prune = _opened(model, revision)
     text = _tokens_to_heal(source, tokens) if tokens else None
     spec = source.spec

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from reapc.checkpoint.atomic import atomic_path, claim_folder, remove, require_room, write_text
+from reapc.checkpoint.atomic import atomic_path, claim_folder, refuse_existing, remove, require_room, write_text
 from reapc.checkpoint.reader import INDEX, Checkpoint
 from reapc.checkpoint.safetensors_file import OutTensor, read_header, write_copied
 from reapc.checkpoint.side_files import copy_side_files
@@ -79,8 +79,7 @@ def heal(
             f"{original.folder} has {original.spec.num_layers} of {original.spec.hidden_size}",
             hint="heal a pruned checkpoint with the model that it was pruned from",
         )
-    if out.exists():
-        raise ReapcError(f"{out}: exists already", hint="remove it or choose another folder")
+    refuse_existing(out)
     claim_folder(work, json.dumps([original.digest, pruned.digest, fit.digest, choice.digest, str(dtype)]), _OWN_FILE)
     # all healed projections are among the pruned bytes; the changes of one layer are kept in float32
     changes = 4 * spec.num_experts * spec.hidden_size * spec.expert_intermediate_size

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from reapc.arch import ModelSpec
 from reapc.arch.spec import LayerSpec
-from reapc.checkpoint.atomic import atomic_path, partial_of, require_room
+from reapc.checkpoint.atomic import atomic_path, partial_of, refuse_existing, require_room
 from reapc.checkpoint.config import MODELOPT
 from reapc.checkpoint.reader import INDEX, Checkpoint
 from reapc.checkpoint.safetensors_file import OutTensor, TensorEntry, write_copied
@@ -155,8 +155,7 @@ def prune(
     tables = _tables(checkpoint, kept, names, values)
     shards = plan_tensors(checkpoint, kept, names, partial_of(out))
     total = sum(tensor.bytes for tensors in shards.values() for tensor in tensors)
-    if out.exists():
-        raise ReapcError(f"{out}: exists already", hint="remove it or choose another folder")
+    refuse_existing(out)
     require_room(out.parent, total, "the pruned checkpoint")
     say(spec, with_mtp, dissolve_groups, progress)
     with atomic_path(out) as partial:

@@ -11,12 +11,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reapc.checkpoint.atomic import atomic_path, require_room
+from reapc.checkpoint.atomic import atomic_path, refuse_existing, require_room
 from reapc.checkpoint.config import MODELOPT
 from reapc.checkpoint.reader import INDEX, Checkpoint
 from reapc.checkpoint.side_files import copy_side_files
 from reapc.checkpoint.streamed_writer import Slot, write_index, write_streamed
-from reapc.errors import ReapcError
 from reapc.formats.layout import SAFETENSORS, tensors_of
 from reapc.progress import Advance, Progress
 from reapc.prune.lists import FILES
@@ -32,8 +31,7 @@ def decode(checkpoint: Checkpoint, out: Path, progress: Progress) -> int:
     """Writes ``checkpoint`` with every quantized linear in 16 bit to the new folder ``out``, atomically; the rest is
     copied. Returns the bytes written. One tensor is in memory at a time. ReapcError where ``out`` exists, or a weight
     is NaN or infinite."""
-    if out.exists():
-        raise ReapcError(f"{out}: exists already", hint="remove it or choose another folder")
+    refuse_existing(out)
     half = SAFETENSORS.get(checkpoint.spec.dtype, "BF16")
     half = half if half in _HALF else "BF16"
     shapes = {tensor.name: tensor.shape for tensor, _ in tensors_of(checkpoint.spec, mtp=True)}

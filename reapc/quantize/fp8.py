@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reapc.checkpoint.atomic import atomic_path, require_room
+from reapc.checkpoint.atomic import atomic_path, refuse_existing, require_room
 from reapc.checkpoint.reader import INDEX, Checkpoint
 from reapc.checkpoint.side_files import copy_side_files
 from reapc.checkpoint.streamed_writer import Slot, write_index, write_streamed
@@ -102,8 +102,7 @@ def quantize(source: Path, out: Path, fmt: WeightFormat, progress: Progress) -> 
         raise ReapcError(f"{fmt.name} is not an FP8 format", hint=f"one of {', '.join(METHODS)}")
     if reason := weights.misfit(fmt, checkpoint.spec):
         raise ReapcError(f"{source}: {fmt.name}: {reason}")
-    if out.exists():
-        raise ReapcError(f"{out}: exists already", hint="remove it or choose another folder")
+    refuse_existing(out)
     start = time.monotonic()
     covered, ignored = _covered(checkpoint, fmt)
     if "lm_head" not in ignored:  # tied to the embedding on disk, but engines still have a module of that name

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reapc.checkpoint.atomic import require_room
+from reapc.checkpoint.atomic import refuse_existing, require_room
 from reapc.checkpoint.config import checkpoint_config
 from reapc.checkpoint.reader import INDEX, Checkpoint
 from reapc.checkpoint.shards import Shards
@@ -38,8 +38,7 @@ def open_source(source: Path, fmt: WeightFormat, out: Path) -> Checkpoint:
     """The checkpoint; ReapcError where it is quantized already, the format does not divide it, or ``out`` is there."""
     refuse_quantized(checkpoint_config(source), source)  # first: a quantized one lacks the tensors of its 16 bit layout
     checkpoint = Checkpoint(source)
-    if out.exists():
-        raise ReapcError(f"{out}: exists already", hint="remove it or choose another folder")
+    refuse_existing(out)
     if reason := weights.misfit(fmt, checkpoint.spec):
         raise ReapcError(
             f"{checkpoint.folder}: {fmt.name}: {reason}", hint=weights.dividing_groups(fmt, checkpoint.spec)
