@@ -39,6 +39,7 @@ ratio = 0.125
 max_ratio = 0.5
 mtp = "prune"
 dissolve_groups = true
+heal = true
 [quantize]
 method = "gptq"
 bits = 4
@@ -91,7 +92,7 @@ def test_defaults(tmp_path: Path) -> None:
         },
         "prune": {
             "method": "auto", "ratio": "auto", "experts": "auto", "max_ratio": 0.25, "mtp": "drop",
-            "dissolve_groups": False,
+            "dissolve_groups": False, "heal": False,
         },
         "quantize": {
             "method": "auto", "bits": "auto", "group_size": "auto", "format": "auto", "mixed": {}, "iters": "auto",
@@ -118,6 +119,8 @@ def test_every_key(tmp_path: Path) -> None:
     }  # fmt: skip
     assert recipe.prune.model_dump() == {
         "method": "ean", "ratio": 0.125, "experts": "auto", "max_ratio": 0.5, "mtp": "prune", "dissolve_groups": True,
+        "heal": True,
+        "heal": True,
     }  # fmt: skip
     assert recipe.quantize.model_dump() == {
         "method": "gptq", "bits": 4, "group_size": 128, "format": "W4A16", "mixed": {}, "iters": "auto",
