@@ -191,7 +191,7 @@ class TestRefusals:
 
     def test_no_room_is_found_before_the_first_pass(self, project: Path, cache: str, capsys, tmp_path, monkeypatch):
         monkeypatch.setattr("reapc.checkpoint.atomic.free_bytes", lambda path: 12345)
-        monkeypatch.setattr("reapc.build.observe", lambda *a, **k: pytest.fail("a pass was started"))
+        monkeypatch.setattr("reapc.passes.observe", lambda *a, **k: pytest.fail("a pass was started"))
         code, _, err = run_main(
             capsys, "build", project / "tiny.toml", "--out", tmp_path / "out", "--set", "calibration.seed=5"
         )

@@ -23,12 +23,14 @@ TOP = (
     "emit",
     "estimate",
     "healing",
+    "passes",
     "requirements",
     "stages",
     "inspection",
     "output",
     "rehearse",
     "serving",
+    "sweep",
 )
 HEAVY = ("torch", "transformers")
 FORBIDDEN = {
@@ -42,6 +44,8 @@ FORBIDDEN = {
             "emit",
             "estimate",
             "healing",
+            "passes",
+            "sweep",
             "requirements",
             "stages",
             "toolchain",

@@ -120,7 +120,6 @@ def test_every_key(tmp_path: Path) -> None:
     assert recipe.prune.model_dump() == {
         "method": "ean", "ratio": 0.125, "experts": "auto", "max_ratio": 0.5, "mtp": "prune", "dissolve_groups": True,
         "heal": True,
-        "heal": True,
     }  # fmt: skip
     assert recipe.quantize.model_dump() == {
         "method": "gptq", "bits": 4, "group_size": 128, "format": "W4A16", "mixed": {}, "iters": "auto",

@@ -248,7 +248,7 @@ class TestCommand:
         assert "--speculative-config" in (keep / "out/serve.sh").read_text()
 
     def test_a_fault_of_a_library_is_no_traceback(self, cache, capsys, tmp_path, monkeypatch) -> None:
-        monkeypatch.setattr("reapc.build.observe", lambda *a, **k: [][1])
+        monkeypatch.setattr("reapc.passes.observe", lambda *a, **k: [][1])
         (tmp_path / "mine.toml").write_text(QWEN)
         keep = tmp_path / "keep"
         code, out, _ = run_main(capsys, "rehearse", tmp_path / "mine.toml", "--keep", keep)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from demo_data import VOCABULARY, TokenData
 from demo_engine import EXPERTS_NAME
+from demo_families import EXPERTS, TOP_K, recorded_choices, routers
 from demo_overlap import OVERLAP_TOKENS, in_shared_runs, window_hashes
 from safetensors import safe_open
-from transformers import Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM
 
 RARELY_USED = 0.005
 MOST_USED = 3
@@ -35,22 +36,23 @@ def _unigram_loss(rows: np.ndarray, stream: np.ndarray) -> float:
 @torch.no_grad()
 def evaluate(out: Path, data: TokenData) -> dict:
     """Held-out perplexity per domain, and which experts the router picks, of the bf16 weights on disk."""
-    model = Qwen3MoeForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
     model.set_experts_implementation(EXPERTS_NAME)
     rows, row_domains, names = read_sequences(out / "held_out.safetensors")
     trained_on = np.concatenate([window_hashes(stream) for stream in data.streams.values()])
-    layers, experts = model.config.num_hidden_layers, model.config.num_experts
-    usage = np.zeros((len(names), layers, experts))
+    layers = list(routers(model))
+    usage = np.zeros((len(names), len(layers), EXPERTS))
     held_out = {}
     for index, name in enumerate(names):
         part = rows[row_domains == index]
         batch = torch.from_numpy(part.astype(np.int64))
-        output = model(input_ids=batch, output_router_logits=True, use_cache=False)
+        with recorded_choices(model) as chosen:
+            output = model(input_ids=batch, use_cache=False)
         losses = F.cross_entropy(output.logits[:, :-1].transpose(1, 2), batch[:, 1:], reduction="none").numpy()
         met = in_shared_runs(part, trained_on)[:, 1:]
-        for layer, logits in enumerate(output.router_logits):
-            chosen = logits.topk(model.config.num_experts_per_tok, dim=-1).indices.flatten()
-            usage[index, layer] = np.bincount(chosen.numpy(), minlength=experts) / len(chosen)
+        for place, layer in enumerate(layers):
+            experts = torch.cat(chosen[layer]).flatten().numpy()
+            usage[index, place] = np.bincount(experts, minlength=EXPERTS) / len(experts)
         held_out[name] = {
             "loss": round(float(losses.mean()), 4),
             "perplexity": _perplexity(losses.mean()),
@@ -59,7 +61,8 @@ def evaluate(out: Path, data: TokenData) -> dict:
             "tokens": losses.size,
             "tokens_met_in_training": round(float(met.mean()), 4),
         }
-    return {"held_out": held_out, "experts": [_layer_usage(usage[:, layer], names) for layer in range(layers)]}
+    rows_of = [{"layer": layer} | _layer_usage(usage[:, place], names) for place, layer in enumerate(layers)]
+    return {"held_out": held_out, "experts": rows_of}
 
 
 def _perplexity(loss: float) -> float:
@@ -120,13 +123,13 @@ def render(card: dict) -> str:
     usage = _table(
         ("layer", "min", "median", "max", "experts under 0.5 %"),
         [
-            (index, *(f"{layer[key]:.2%}" for key in ("min", "median", "max")), layer["under_half_percent"])
-            for index, layer in enumerate(layers)
+            (layer["layer"], *(f"{layer[key]:.2%}" for key in ("min", "median", "max")), layer["under_half_percent"])
+            for layer in layers
         ],
     )
     leaders = _table(
         ("layer", *held_out),
-        [(index, *(_leaders(layer["most_used"][name]) for name in held_out)) for index, layer in enumerate(layers)],
+        [(layer["layer"], *(_leaders(layer["most_used"][name]) for name in held_out)) for layer in layers],
     )
     sources = _table(
         ("source", "version", "licence it states"),
@@ -139,10 +142,10 @@ pipeline_tag: text-generation
 
 # reapc demonstration model
 
-A small Qwen3-MoE with random initial weights, trained on text that a Python installation carries. It exists
+A small {training["family"]} with random initial weights, trained on text that a Python installation carries. It exists
 so that pruning, quantising and serving can be tried end to end on a laptop. It is not a useful assistant.
 
-{training["parameters"] / 1e6:.1f} M parameters, 4 layers, 24 experts per layer, 4 active per token, hidden size 256,
+{training["parameters"] / 1e6:.1f} M parameters, 4 layers, {EXPERTS} experts, {TOP_K} active per token, hidden size 256,
 vocabulary {VOCABULARY}. Weights in bf16.
 
 ## Training
@@ -167,7 +170,7 @@ The baseline is the token frequencies of the same domain's training text, on all
 
 ## Expert usage on held-out text
 
-Share of routed tokens per expert (an even share is {1 / 24:.2%}), all domains weighing the same:
+Share of routed tokens per expert (an even share is {1 / EXPERTS:.2%}), all domains weighing the same:
 
 {usage}
 

@@ -1,6 +1,7 @@
 """Train the demonstration model: a small, real Qwen3-MoE, from text that a Python installation carries.
 
-Run it as ``.venv/bin/python tools/train_demo_model.py --minutes 75 --out demo``.
+Run it as ``.venv/bin/python tools/train_demo_model.py --minutes 75 --out demo``. ``--family glm4`` trains another
+architecture on the same text, for comparisons.
 """
 
 from __future__ import annotations
@@ -18,43 +19,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from demo_card import write_card
-from demo_data import END_OF_TEXT, MAX_POSITIONS, TURN_END, VOCABULARY, TokenData, prepare
-from demo_engine import EXPERTS_NAME, Muon, keep_freed_memory
-from transformers import AutoTokenizer, GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from demo_data import END_OF_TEXT, TURN_END, TokenData, prepare
+from demo_engine import Muon, keep_freed_memory
+from demo_families import FAMILIES, recorded_choices
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 SEQUENCE_LENGTH = 256
 MUON_LR, ADAM_LR = 0.02, 4e-3
 WARM_UP, DECAY_FROM = 0.03, 0.3
 MUON_MOMENTUM = 0.95
 SNAPSHOT_FIRST_MINUTES, SNAPSHOT_EVERY_MINUTES = 8, 15
-
-
-def build_model(seed: int) -> Qwen3MoeForCausalLM:
-    """The model with random weights, in float32, on the fast expert routine."""
-    torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        moe_intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        num_experts=24,
-        num_experts_per_tok=4,
-        norm_topk_prob=True,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        max_position_embeddings=MAX_POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        router_aux_loss_coef=0.003,
-        use_cache=True,
-    )
-    model = Qwen3MoeForCausalLM(config)
-    model.set_experts_implementation(EXPERTS_NAME)
-    return model
 
 
 def learning_rate_factor(progress: float) -> float:
@@ -88,7 +62,7 @@ class Batches:
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def optimizers(model: Qwen3MoeForCausalLM) -> list[torch.optim.Optimizer]:
+def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     """Muon for the projections, AdamW for embeddings, routers and norms."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
@@ -100,11 +74,11 @@ def optimizers(model: Qwen3MoeForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def save_model(model: Qwen3MoeForCausalLM, folder: Path) -> None:
+def save_model(model: PreTrainedModel, folder: Path) -> None:
     """Write the weights in bf16 under the standard per-expert names, with the generation settings."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     end, turn_end = tokenizer.convert_tokens_to_ids([END_OF_TEXT, TURN_END])
-    written = Qwen3MoeForCausalLM(model.config)
+    written = type(model)(model.config)
     written.load_state_dict(model.state_dict())
     written = written.to(torch.bfloat16)
     written.config.bos_token_id, written.config.pad_token_id = end, end
@@ -128,7 +102,8 @@ def machine() -> str:
 
 def train(args: argparse.Namespace, data: TokenData, say: Callable[[str], None]) -> dict:
     """Train for the minutes asked, resuming a stopped run; returns the figures of the run."""
-    model = build_model(args.seed)
+    family = FAMILIES[args.family]
+    model = family.build(args.seed)
     steppers = optimizers(model)
     batches = Batches(data, args.rows, args.seed)
     checkpoint = args.work / "checkpoint.pt"
@@ -148,16 +123,18 @@ def train(args: argparse.Namespace, data: TokenData, say: Callable[[str], None])
         for stepper, peak in zip(steppers, (MUON_LR, ADAM_LR), strict=True):
             stepper.param_groups[0]["lr"] = peak * factor
         batch = batches.batch(step)
-        loss = torch.zeros(())
-        for part in batch.split(args.micro_rows):
-            output = model(input_ids=part, labels=part, output_router_logits=True, use_cache=False)
-            (output.loss * len(part) / rows).backward()
-            balance = model.config.router_aux_loss_coef * output.aux_loss.detach()
-            loss += (output.loss.detach() - balance) * len(part) / rows
+        loss = 0.0
+        with recorded_choices(model) as chosen:
+            for part in batch.split(args.micro_rows):
+                minimized, language = family.loss(model, part)
+                (minimized * len(part) / rows).backward()
+                loss += language * len(part) / rows
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in steppers:
             stepper.step()
         model.zero_grad(set_to_none=True)
+        if family.after_step:
+            family.after_step(model, chosen)
         step += 1
         if step % 10 == 0 or step < 4:
             spent = time.monotonic() - began
@@ -182,6 +159,7 @@ def train(args: argparse.Namespace, data: TokenData, say: Callable[[str], None])
         "parameters": model.num_parameters(),
         "machine": machine(),
         "seed": args.seed,
+        "family": FAMILIES[args.family].describe,
         "sources": data.sources,
     }
 
@@ -190,6 +168,7 @@ def main() -> int:
     """Read the command line, train, and write the model, its token files and its card."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to write (default: demo)")
+    parser.add_argument("--family", choices=list(FAMILIES), default="qwen3", help="architecture (default: qwen3)")
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="token streams and checkpoint")
     parser.add_argument("--snapshot", type=Path, help="also write the model here while training goes on")
     parser.add_argument("--minutes", type=float, default=75, help="training time (default: 75)")
@@ -210,7 +189,8 @@ def main() -> int:
         if not args.card_only:
             figures.write_text(json.dumps(train(args, data, _say)), encoding="utf-8")
             (args.work / "checkpoint.pt").unlink(missing_ok=True)
-        command = f".venv/bin/python tools/train_demo_model.py --minutes {args.minutes:g} --out {args.out}"
+        family = "" if args.family == "qwen3" else f" --family {args.family}"
+        command = f".venv/bin/python tools/train_demo_model.py{family} --minutes {args.minutes:g} --out {args.out}"
         card = write_card(args.out, json.loads(figures.read_text(encoding="utf-8")), data, command)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ from reapc.build import Build
 from reapc.checkpoint.source import config_of
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.formats.published import published_format
+from reapc.passes import Passes, Staged
 from reapc.plan import Plan
 from reapc.planner.search import make_plan
 from reapc.progress import Silent
@@ -146,13 +147,34 @@ class Steps:
         return next(row for row in self.rows if row.state == "not reached")
 
 
+@dataclass(kw_only=True)
+class _WatchedPasses(Passes):
+    """Passes whose conversion is a step, in which llama.cpp's own figures of the file are held against the pruned
+    checkpoint's."""
+
+    steps: Steps
+    held_out: Tokens
+
+    def convert(self, pruned: Staged, outtype: str) -> Staged:
+        with self.steps.step("convert") as row:
+            converted = super().convert(pruned, outtype)
+            found = compare(pruned.path, converted.path, self.held_out, self.progress)
+            row.seen = f"GGUF in {outtype} against the pruned checkpoint: KL {found.kl:.5f}, top-1 {found.top1:.1%}"
+            if found.kl > CONVERTED_KL:
+                raise CannotBeDone(
+                    f"what llama.cpp computes of the converted file is another model than the pruned checkpoint: KL "
+                    f"{found.kl:.3f}"
+                )
+        return converted
+
+
 class _Watched(Build):
     """A build in a stage cache of its own, whose passes are steps."""
 
     def __init__(self, recipe: Recipe, log: Log, stages: Path, steps: Steps) -> None:
-        super().__init__(recipe, log)
-        self.cache = StageCache(stages, log.log)
+        super().__init__(recipe, log, cache=StageCache(stages, log.log))
         self.steps = steps
+        self.passes = _WatchedPasses(**vars(self.passes), steps=steps, held_out=self.inputs.held_out)
 
     def _observe(self) -> Any:
         with self.steps.step("observe") as row:
@@ -166,24 +188,12 @@ class _Watched(Build):
             row.seen = f"{plan.chosen.experts_kept} of {plan.num_experts} experts kept in {len(kept)} layers"
         return found
 
-    def _convert(self, pruned: Path, pruned_key: str, outtype: str) -> Any:
-        with self.steps.step("convert") as row:
-            path, key = super()._convert(pruned, pruned_key, outtype)
-            found = compare(pruned, path, self.inputs.held_out, self.progress)
-            row.seen = f"GGUF in {outtype} against the pruned checkpoint: KL {found.kl:.5f}, top-1 {found.top1:.1%}"
-            if found.kl > CONVERTED_KL:
-                raise CannotBeDone(
-                    f"what llama.cpp computes of the converted file is another model than the pruned checkpoint: KL "
-                    f"{found.kl:.3f}"
-                )
-        return path, key
-
-    def _quantize(self, pruned: Path, pruned_key: str, plan: Plan) -> Path:
+    def _quantize(self, pruned: Staged, plan: Plan) -> Path:
         if plan.chosen.engine != "llama.cpp":
             with self.steps.step("convert") as row:
                 row.state, row.seen = "skipped", "vLLM reads the checkpoint itself"
         with self.steps.step("quantize") as row:
-            found = super()._quantize(pruned, pruned_key, plan)
+            found = super()._quantize(pruned, plan)
             row.seen = f"{plan.chosen.format}, {format_bytes(result_bytes(found))}"
         return found
 
