@@ -24,6 +24,7 @@ COMMANDS = {
     "heal": "Refit the experts of a pruned checkpoint to its original.",
     "quantize": "Write a checkpoint as a quantized GGUF file.",
     "compare": "Measure KL, top-1 agreement and perplexity of one model against another.",
+    "sweep": "Measure KL against bytes: pruned and quantized in every way at equal bytes.",
     "serve": "Start the server of a build, watch it, and record the memory that it took.",
     "verify": "Check a build's files, or a running server against the build's reference.",
     "eval": "Run lm-eval against a running server, or print the commands of other benchmarks.",

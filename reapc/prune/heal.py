@@ -3,9 +3,9 @@ the original's. Two streams run side by side, a layer at a time: the original mo
 before already healed, its weights rounded as they are stored. No gradients, no new tensors.
 
 What a layer lacks at a token, R = original output - pruned output, is to be met by sum over chosen experts of
-gate weight x (change of its down projection) x activation. The experts take turns (block coordinate descent), each by
-ridge least squares over the tokens routed to it (refit.py). Another set of sequences chooses the strength of each, and
-whether the layer keeps its refit at all.
+gate weight x (change of its down projection) x activation; tokens weigh by the size of their state (heal_sides.py).
+The experts take turns (block coordinate descent), each by ridge least squares over the tokens routed to it (refit.py).
+Another set of sequences chooses the strength of each, and whether the layer keeps its refit at all.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ _OWN_FILE = re.compile(r"^(identity|layer-\d+\.(json|safetensors))(\.partial)?$|
 
 @dataclass(frozen=True)
 class HealedLayer:
-    """Mean square over tokens and channels of what the layer lacks: ``fit`` on the tokens fitted, ``choice`` on the
-    others, (before, after). ``kept``: whether the refit stays; ``changed``: how many of the experts it changes."""
+    """What the layer lacks, as a share of the original's output (mean square, by token): ``fit`` on the tokens fitted,
+    ``choice`` on the others, (before, after). ``kept``: whether the refit stays; ``changed``: how many of the experts
+    it changes."""
 
     layer: int
     fit: tuple[float, float]
@@ -247,7 +248,8 @@ class Healing:
         pairs = None
         assert self.fit.pairs is not None
         if len(self.fit.pairs.of(expert)[0]) < len(fit.gram):
-            pairs = torch.cat([gated for _, gated in self._gated(self.fit, expert, part, experts)]).double()
+            chunks = self._gated(self.fit, expert, part, experts)
+            pairs = torch.cat([gated * self.fit.weights(places) for places, gated in chunks]).double()
         found = solve(fit.plus(old.double()), choice.plus(old.double()), pairs)
         stored = down.weight(expert)
         new = down.rounded(stored + found.change.float()) - stored
@@ -274,7 +276,8 @@ class Healing:
         """The normal equations of one expert; None where no token was sent to it."""
         total: Normal | None = None
         for places, gated in self._gated(side, expert, part, experts):
-            lacking = torch.from_numpy(side.lacking[places])
+            weights = side.weights(places)
+            gated, lacking = gated * weights, torch.from_numpy(side.lacking[places]) * weights
             own = Normal((gated.T @ gated).double(), (gated.T @ lacking).double())
             total = own if total is None else Normal(total.gram + own.gram, total.right + own.right)
         return total

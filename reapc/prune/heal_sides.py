@@ -15,7 +15,9 @@ from reapc.stream.tokens import Batch, Tokens
 
 class Side:
     """``original``, ``pruned``: the states in each model. ``lacking`` (tokens, hidden): output of the original layer
-    less that of the pruned one; 0 where a token is padding. ``pairs``: what the pruned layer's experts were given."""
+    less that of the pruned one; 0 where a token is padding. ``weight`` (tokens,): one over the root mean square of the
+    original's output, because the next layer's norm takes its size away: else the few tokens of huge states (the first
+    of a sequence) would be all that counts. ``pairs``: what the pruned layer's experts were given."""
 
     def __init__(self, name: str, tokens: Tokens, original: StreamedModel, pruned: StreamedModel, work: Path) -> None:
         self.tokens = tokens
@@ -25,6 +27,7 @@ class Side:
         self._count = tokens.sequences * tokens.length
         shape = (self._count, original.spec.hidden_size)
         self.lacking = np.memmap(work / f"{name}-lacking.bin", np.float32, "w+", shape=shape)
+        self.weight = np.zeros(self._count, np.float32)
         self.pairs: PairsSeen | None = None
 
     def watch(self, inputs: int) -> PairsSeen:
@@ -37,12 +40,20 @@ class Side:
         return list(batches_of(self.tokens))
 
     def compare(self, layer: int) -> None:
-        """Sets ``lacking`` from the states of both models behind ``layer``."""
+        """Sets ``lacking`` and ``weight`` from the states of both models behind ``layer``."""
         for batch in self.batches():
             original, pruned = (s.read(layer + 1, batch.rows, batch.length) for s in (self.original, self.pruned))
             lacking = (original - pruned).numpy()
-            lacking[~self.tokens.mask[batch.rows, : batch.length]] = 0
-            self.lacking[_places(batch, self.tokens.length)] = lacking
+            padding = ~self.tokens.mask[batch.rows, : batch.length]
+            lacking[padding] = 0
+            places = _places(batch, self.tokens.length)
+            self.lacking[places] = lacking
+            size = original.square().mean(dim=-1).sqrt().clamp_min(torch.finfo(torch.float32).tiny).numpy()
+            self.weight[places] = np.where(padding, 0, 1 / size)
+
+    def weights(self, places: np.ndarray) -> torch.Tensor:
+        """``weight`` at some tokens, (tokens, 1)."""
+        return torch.from_numpy(self.weight[places])[:, None]
 
     def keep(self, layer: int) -> None:
         """The pruned model's states behind ``layer`` become what they are with nothing lacking but ``lacking``."""
@@ -53,8 +64,9 @@ class Side:
             self.pruned.write(layer + 1, batch, torch.where(real, healed, before))
 
     def error(self) -> float:
-        """Mean square of what is lacking, over real tokens and channels."""
-        parts = (self.lacking[_places(batch, self.tokens.length)] for batch in self.batches())
+        """Mean square of what is lacking, weighted, over real tokens and channels: its share of the original's."""
+        places = (_places(batch, self.tokens.length) for batch in self.batches())
+        parts = (self.lacking[place] * self.weight[place][..., None] for place in places)
         total = sum(float(np.square(part, dtype=np.float64).sum()) for part in parts)
         return total / (self.tokens.count * int(self.lacking.shape[1]))
 

@@ -1,0 +1,81 @@
+"""Figures of one configuration by sequence, and what they say with which certainty.
+
+The panel is cut in two: one half of its sequences picks the best of several configurations, the other reports what the
+picked one is worth, so that no figure is flattered by having been picked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from reapc.stream.tokens import Tokens
+from reapc.verify.fidelity import measure
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Per sequence of the panel, (sequences,) each: ``kl`` in nats and ``top1``, means over its ``tokens``."""
+
+    kl: np.ndarray
+    top1: np.ndarray
+    tokens: np.ndarray
+
+    def to_json(self) -> dict[str, list[float]]:
+        return {name: getattr(self, name).tolist() for name in ("kl", "top1", "tokens")}
+
+    @staticmethod
+    def of(value: dict[str, list[float]]) -> Sequences:
+        return Sequences(*(np.array(value[name]) for name in ("kl", "top1", "tokens")))
+
+    def mean(self, rows: np.ndarray) -> tuple[float, float]:
+        """KL and top-1 over the tokens of some sequences."""
+        weight = self.tokens[rows]
+        return tuple(float((part[rows] * weight).sum() / weight.sum()) for part in (self.kl, self.top1))  # type: ignore[return-value]
+
+
+def by_sequence(tokens: Tokens, references: Iterable[Any], results: Iterable[np.ndarray]) -> Sequences:
+    """As ``measure``, a sequence at a time."""
+    found = [
+        measure(tokens.take(np.array([row])), [reference], [result])
+        for row, (reference, result) in enumerate(zip(references, results, strict=True))
+    ]
+    return Sequences(*(np.array([getattr(f, name) for f in found], float) for name in ("kl", "top1", "tokens")))
+
+
+def halves(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences that pick and sequences that report: every second of each domain."""
+    parts: tuple[list[int], list[int]] = ([], [])
+    for domain in range(len(tokens.domains)):
+        rows = np.flatnonzero(tokens.domain == domain)
+        for part, mine in zip(parts, (rows[::2], rows[1::2]), strict=True):
+            part.extend(mine.tolist())
+    return np.sort(np.array(parts[0], np.int64)), np.sort(np.array(parts[1], np.int64))
+
+
+def resampled(rows: np.ndarray, domains: np.ndarray, seed: int = 0) -> np.ndarray:
+    """(RESAMPLES, sequences) draws of ``rows`` with replacement, within each domain; ``domains``: of all sequences."""
+    random = np.random.default_rng(seed)
+    drawn = []
+    for domain in np.unique(domains[rows]):
+        mine = rows[domains[rows] == domain]
+        drawn.append(mine[random.integers(0, len(mine), (RESAMPLES, len(mine)))])
+    return np.concatenate(drawn, axis=1)
+
+
+def kl_of(figures: Sequences, draws: np.ndarray) -> np.ndarray:
+    """(RESAMPLES,) mean KL over the tokens of each draw."""
+    weight = figures.tokens[draws]
+    found: np.ndarray = (figures.kl[draws] * weight).sum(axis=1) / weight.sum(axis=1)
+    return found
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of resampled values (percentile bootstrap)."""
+    low, high = np.percentile(values, (2.5, 97.5))
+    return float(low), float(high)
