@@ -87,7 +87,9 @@ def estimate(
     if healed:
         seconds += _HEALING_FORWARDS * 2 * active * calibration.count / (_matmul_rate() * _FORWARD_EFFICIENCY)
         # the healed layers, then the healed checkpoint
-        healed_bytes = 2 * 2 * pruned_spec.parameters + heal_bytes(calibration, spec.hidden_size)
+        healed_bytes = 2 * 2 * pruned_spec.parameters + heal_bytes(
+            calibration, spec.hidden_size, spec.top_k, spec.expert_intermediate_size
+        )
     reference = 4 * held_out.input_ids.size * min(spec.vocab_size, 512)
     copies = pruned_bytes + healed_bytes + base_bytes + chosen.file_bytes
     disk = disk_bytes(checkpoint, calibration, held_out) + reference + copies

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from reapc.errors import CannotBeDone, ReapcError
 from reapc.progress import Progress
 from reapc.prune.down import Down, stored_name
 from reapc.prune.heal_sides import RoutedTotal, Side, disk_bytes
-from reapc.prune.refit import Normal, solve
+from reapc.prune.refit import Basis, basis_of, solve
 from reapc.stream.expert_weights import Expert, ExpertPlaces, expert_places
 from reapc.stream.experts import StreamedExperts
 from reapc.stream.families import FAMILIES
@@ -37,8 +36,7 @@ from reapc.stream.model import Forward, StreamedModel
 from reapc.stream.run import compute_batch, ids_of
 from reapc.stream.tokens import Batch, Tokens
 
-SWEEPS = 2
-_CHUNK_PAIRS = 8192
+SWEEPS = 4
 _OWN_FILE = re.compile(r"^(identity|layer-\d+\.(json|safetensors))(\.partial)?$|^[a-z-]+(-[01])?\.bin$")
 
 
@@ -82,10 +80,11 @@ def heal(
         )
     refuse_existing(out)
     claim_folder(work, json.dumps([original.digest, pruned.digest, fit.digest, choice.digest, str(dtype)]), _OWN_FILE)
-    # all healed projections are among the pruned bytes; the changes of one layer are kept in float32
-    changes = 4 * spec.num_experts * spec.hidden_size * spec.expert_intermediate_size
-    room = sum(disk_bytes(tokens, spec.hidden_size) for tokens in (fit, choice)) + changes + pruned.bytes
-    require_room(work, room, "the hidden states and changes of healing")
+    # all healed projections are among the pruned bytes; of one layer, changes and bases are kept in float32
+    hidden, width = spec.hidden_size, spec.expert_intermediate_size
+    room = sum(disk_bytes(tokens, hidden, spec.top_k, width) for tokens in (fit, choice))
+    room += 4 * spec.num_experts * width * (hidden + 2 * width + 1) + pruned.bytes
+    require_room(work, room, "the states, activations and changes of healing")
     require_room(out.parent, pruned.bytes, "the healed checkpoint")
     models = StreamedModel(original, dtype, device), StreamedModel(pruned, dtype, device)
     reports = Healing(*models, fit, choice, work, progress).run()
@@ -221,10 +220,11 @@ class Healing:
         down = Down(self.pruned.checkpoint, f"{spec.layers[index].prefix}.", places.parts["down"])
         shape = (spec.num_experts, spec.hidden_size, places.width)
         changes = np.memmap(self.work / "changes.bin", np.float32, "w+", shape=shape)
+        bases = self._bases(experts, places.width)
         before = [side.error() for side in self.sides]
         for _ in range(SWEEPS):
-            for expert in range(spec.num_experts):
-                self._visit(expert, experts, changes[expert], down)
+            for expert, basis in bases.items():
+                self._visit(expert, basis, changes[expert], down)
         after = [side.error() for side in self.sides]
         changed = sum(bool(change.any()) for change in changes)
         kept = bool(changed) and after[1] < before[1]
@@ -237,47 +237,62 @@ class Healing:
                 down.write(partial, changes)
         return HealedLayer(index, (before[0], after[0]), (before[1], after[1]), kept, changed)
 
-    def _visit(self, expert: int, experts: StreamedExperts, change: np.ndarray, down: Down) -> None:
+    def _bases(self, experts: StreamedExperts, width: int) -> dict[int, Basis]:
+        """What does not change over the sweeps, mapped from disk, of the experts that tokens of both sets were sent to;
+        the activations of all are kept by the sides. The others stay as they are."""
+        count = self.pruned.spec.num_experts
+        for side in self.sides:
+            side.begin(count, width)
+        values = np.zeros((count, width), np.float32)
+        shape = (count, 2, width, width)
+        kept = np.memmap(self.work / "bases.bin", np.float32, "w+", shape=shape)
+        found: dict[int, Basis] = {}
+        for expert in range(count):
+            part = experts.store.get(expert)
+
+            def activated_by(inputs: np.ndarray, part: Expert = part) -> torch.Tensor:
+                with torch.inference_mode():
+                    given = torch.from_numpy(inputs).to(self.pruned.device, self.pruned.dtype)
+                    return experts.activated_by(given, part).float().cpu()
+
+            for side in self.sides:
+                side.activate(expert, activated_by)
+            grams = [_gram(side, expert) for side in self.sides]
+            if grams[0] is None or grams[1] is None:
+                continue
+            pairs = None
+            if sum(len(places) for places, _ in self.fit.gated(expert)) < width:
+                pairs = torch.cat([gated for _, gated in self.fit.gated(expert)]).double()
+            basis = basis_of(grams[0], grams[1], pairs)
+            values[expert], kept[expert, 0], kept[expert, 1] = (part.float().numpy() for part in basis)
+            found[expert] = Basis(*(torch.from_numpy(part) for part in (values[expert], *kept[expert])))
+        return found
+
+    def _visit(self, expert: int, basis: Basis, change: np.ndarray, down: Down) -> None:
         """One expert's turn: ``change`` (hidden, width) becomes what is best given all others, rounded as it is
-        stored. An expert that no token of either set was sent to stays as it is."""
-        part = experts.store.get(expert)
+        stored."""
         old = torch.from_numpy(np.array(change))
-        fit, choice = (self._normal(side, expert, part, experts) for side in self.sides)
-        if fit is None or choice is None:
-            return
-        pairs = None
-        assert self.fit.pairs is not None
-        if len(self.fit.pairs.of(expert)[0]) < len(fit.gram):
-            chunks = self._gated(self.fit, expert, part, experts)
-            pairs = torch.cat([gated * self.fit.weights(places) for places, gated in chunks]).double()
-        found = solve(fit.plus(old.double()), choice.plus(old.double()), pairs)
+        right, other = (_right(side, expert) for side in self.sides)
+        found = solve(basis, right, other, old)
         stored = down.weight(expert)
-        new = down.rounded(stored + found.change.float()) - stored
+        new = down.rounded(stored + found.change) - stored
         change[:] = new.numpy()
         step = (new - old).T
         for side in self.sides:
-            for places, gated in self._gated(side, expert, part, experts):
+            for places, gated in side.gated(expert):
                 side.lacking[places] -= (gated @ step).numpy()
 
-    def _gated(
-        self, side: Side, expert: int, part: Expert, experts: StreamedExperts
-    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """Token places and gate weight x activation (pairs, width) of one expert, in chunks."""
-        assert side.pairs is not None
-        places, gates = side.pairs.of(expert)
-        for start in range(0, len(places), _CHUNK_PAIRS):
-            chunk = slice(start, start + _CHUNK_PAIRS)
-            inputs = torch.from_numpy(side.pairs.inputs[places[chunk]]).to(self.pruned.device, self.pruned.dtype)
-            with torch.inference_mode():
-                activated = experts.activated_by(inputs, part).float().cpu()
-            yield places[chunk], activated * gates[chunk, None]
 
-    def _normal(self, side: Side, expert: int, part: Expert, experts: StreamedExperts) -> Normal | None:
-        """The normal equations of one expert; None where no token was sent to it."""
-        total: Normal | None = None
-        for places, gated in self._gated(side, expert, part, experts):
-            weights = side.weights(places)
-            gated, lacking = gated * weights, torch.from_numpy(side.lacking[places]) * weights
-            own = Normal((gated.T @ gated).double(), (gated.T @ lacking).double())
-            total = own if total is None else Normal(total.gram + own.gram, total.right + own.right)
-        return total
+def _gram(side: Side, expert: int) -> torch.Tensor | None:
+    """Z^T Z (width, width) float64 of one expert; None where no token was sent to it."""
+    total: torch.Tensor | None = None
+    for _, gated in side.gated(expert):
+        own = (gated.T @ gated).double()
+        total = own if total is None else total + own
+    return total
+
+
+def _right(side: Side, expert: int) -> torch.Tensor:
+    """Z^T R (width, hidden) of an expert that tokens were sent to."""
+    parts = (gated.T @ torch.from_numpy(side.lacking[places]) for places, gated in side.gated(expert))
+    return sum(parts, start=torch.zeros(()))
