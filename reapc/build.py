@@ -16,6 +16,8 @@ from reapc.arch import ModelSpec
 from reapc.checkpoint.atomic import make_folder, remove, require_room
 from reapc.checkpoint.reader import Checkpoint
 from reapc.checkpoint.source import fetch
+from reapc.choice.measure import Choice, choose_measured
+from reapc.choice.samples import samples_of
 from reapc.emit import write_result
 from reapc.errors import ReapcError
 from reapc.estimate import Estimate, estimate
@@ -29,7 +31,7 @@ from reapc.output import existing_result
 from reapc.plan import Plan
 from reapc.planner import prior
 from reapc.progress import Progress
-from reapc.prune.criteria import choose, dropped_share, expert_values, groups_of
+from reapc.prune.criteria import CRITERIA, choose, dropped_share, expert_values, groups_of
 from reapc.prune.rewrite import check_scores, prune
 from reapc.prune.stability import stability
 from reapc.quantize import checkpoint as quantizer
@@ -121,6 +123,7 @@ class Build:
         self.start = time.monotonic()
         self.stability: dict[str, Any] = {}
         self.healing: dict[str, Any] = {}
+        self.choice: dict[str, Any] = {}
         self.quantized: dict[str, Any] = {}  # what the manifest says of a quantized checkpoint
         self.cache = StageCache(cache_root() / "stages", progress.log)
         make_folder(self.cache.root)
@@ -152,8 +155,9 @@ class Build:
         decoded = self.requirements.decodes(chosen)
         healed = self.requirements.heals(chosen)
         return estimate(
-            inputs.checkpoint, self.first_plan, inputs.calibration, inputs.held_out, tool, iters, decoded, healed
-        )
+            inputs.checkpoint, self.first_plan, inputs.calibration, inputs.held_out, tool, iters, decoded, healed,
+            self.requirements.measures(chosen),
+        )  # fmt: skip
 
     def run(self, out: Path) -> BuildResult:
         """Builds into ``out``; does nothing when this very result is there."""
@@ -169,7 +173,7 @@ class Build:
         scores, reference = self._observe()
         plan = self._second_plan(scores)
         groups = groups_of(inputs.checkpoint.spec, self.recipe.prune.dissolve_groups)
-        kept = choose(scores, plan.criterion, plan.chosen.experts_kept, groups)
+        plan, kept = self._choose(scores, plan, groups)
         self._say_stability(scores, plan, groups)
         pruned, pruned_key = self._prune(kept, plan, scores)
         if self.requirements.decodes(plan.chosen):
@@ -223,9 +227,44 @@ class Build:
         folder, _ = self.cache.run("observe", depends, work)
         return load_scores(folder / "scores.safetensors"), folder / "reference.safetensors"
 
+    def _choose(self, scores: Scores, plan: Plan, groups: int) -> tuple[Plan, dict[int, list[int]]]:
+        """The experts that stay: by the recipe's criterion, or by the one that measuring has chosen."""
+        checkpoint, calibration, count = self.inputs.checkpoint, self.inputs.calibration, plan.chosen.experts_kept
+        if not self.requirements.measures(plan.chosen):
+            return plan, choose(scores, plan.criterion, count, groups)
+        seed, dissolve = self.recipe.calibration.seed, self.recipe.prune.dissolve_groups
+        try:
+            samples_of(calibration, seed)
+        except ReapcError as error:
+            self.choice = {"winner": plan.criterion, "why": f"not measured: {error}"}
+            self.progress.log(f"choice: {plan.criterion}, {self.choice['why']}")
+            return plan, choose(scores, plan.criterion, count, groups)
+        depends = {
+            "model": checkpoint.digest,
+            "scores": digest_of(scores.to_json()),
+            "experts": count,
+            "calibration": calibration.digest,
+            "seed": seed,
+            "dissolve_groups": dissolve,
+            "reapc": __version__,
+        }
+
+        def work(folder: Path, scratch: Path) -> None:
+            found = choose_measured(
+                checkpoint, scores, count, calibration, scratch, self.progress, dissolve_groups=dissolve, seed=seed
+            )
+            found.save(folder / "choice.json")
+            remove(scratch)
+
+        folder, _ = self.cache.run("choice", depends, work)
+        found = Choice.load(folder / "choice.json")
+        self.choice = found.figures
+        return plan.model_copy(update={"criterion": found.winner}), found.kept
+
     def _say_stability(self, scores: Scores, plan: Plan, groups: int) -> None:
         """How far the choice of experts depends on the calibration text: logged, and kept for the manifest."""
-        found = stability(scores, plan.criterion, plan.chosen.experts_kept, groups)
+        criterion = plan.criterion if plan.criterion in CRITERIA else "reap"  # greedy removal has no values of experts
+        found = stability(scores, criterion, plan.chosen.experts_kept, groups)
         for line in found.lines():
             self.progress.log(f"scores: {line}")
         self.stability = found.to_json()
@@ -257,14 +296,16 @@ class Build:
             return checkpoint.folder, digest_of([checkpoint.digest, checkpoint.side_digest])
         model = [checkpoint.digest, checkpoint.side_digest]
         settings = self.recipe.prune
+        worth = "reap" if self.choice else plan.criterion  # measured candidates were all measured with reap's values
         depends = {
             "model": model,
             "kept": {str(k): v for k, v in kept.items()},
             "dissolve_groups": settings.dissolve_groups,
             "mtp": mtp,
+            "worth": worth,
             "reapc": __version__,
         }
-        values = expert_values(scores, plan.criterion)
+        values = expert_values(scores, worth)
 
         def work(folder: Path, scratch: Path) -> None:
             prune(
@@ -436,6 +477,7 @@ class Build:
             "format": plan.chosen.format,
             "as_stored": self.requirements.copies(plan.chosen),
             "engine": plan.chosen.engine,
+            "choice": self.choice,
             "healing": self.healing,
             "fit": [row.__dict__ for row in fit],
             **self.quantized,

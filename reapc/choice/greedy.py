@@ -15,20 +15,24 @@ _ROWS = 4096
 
 
 def greedy_kept(
-    outputs: torch.Tensor, route: Route, weight: torch.Tensor, kept: int, groups: int = 1, protected: tuple[int, ...] = ()
+    outputs: torch.Tensor, route: Route, kept: int, groups: int = 1, protected: tuple[int, ...] = ()
 ) -> list[int]:
     """The ``kept`` experts that are left, in their order.
 
     ``outputs`` (tokens, experts, d): every expert's output on every token of the sample, or a random projection of it.
-    ``weight`` (tokens,): how much a token's squared error counts. Each of ``groups`` equal runs of neighbours keeps the
-    same number; ``protected`` experts stay. Loss of a set S: sum over tokens of weight x |out(S) - out(all)|^2, where
-    out(S) is what the router makes of the experts in S. What an expert's removal adds is counted on the tokens that are
-    sent to it; what it does to others (gate weights that are not normalized, groups) is counted once it is gone."""
+    Each of ``groups`` equal runs of neighbours keeps the same number; ``protected`` experts stay.
+
+    Loss of a set S: sum over tokens of |out(S) - out(all)|^2 / (|out(all)|^2 + its mean over tokens), where out(S) is
+    what the router makes of the experts in S: a relative error, in which neither outliers nor tokens with hardly any
+    output weigh more than others. What an expert's removal adds is counted on the tokens that are sent to it; what it
+    does to others (gate weights that are not normalized, groups) is counted once it is gone."""
     tokens, experts, _ = outputs.shape
     device = outputs.device
     everything = torch.arange(tokens, device=device)
     gone = torch.zeros(experts, dtype=torch.bool, device=device)
     target = _mixed(outputs, everything, *route(everything, gone))
+    norms = target.square().sum(dim=1)
+    weight = 1 / (norms + norms.mean()).clamp(min=1e-30)
     guarded = set(protected)
     size = experts // groups
     left = [size] * groups
@@ -59,7 +63,9 @@ def _mixed(outputs: torch.Tensor, rows: torch.Tensor, index: torch.Tensor, weigh
     """(rows, d): sum over the experts chosen of gate weight x output."""
     index = index.long()
     parts = [
-        torch.einsum("nk,nkd->nd", weights[at : at + _ROWS], outputs[rows[at : at + _ROWS, None], index[at : at + _ROWS]])
+        torch.einsum(
+            "nk,nkd->nd", weights[at : at + _ROWS], outputs[rows[at : at + _ROWS, None], index[at : at + _ROWS]]
+        )
         for at in range(0, len(rows), _ROWS)
     ]
     return torch.cat(parts)

@@ -1,5 +1,5 @@
-"""Layers with only some of their experts, made of loaded whole ones: what a pruned checkpoint's layers would be, without
-one on disk. The layer is transformers' own class of the pruned config, so whatever a family's router does with fewer
+"""Layers with only some of their experts, made of loaded whole ones: what a pruned checkpoint's layers would be, with
+none on disk. The layer is transformers' own class of the pruned config, so whatever a family's router does with fewer
 experts is done here too; its tensors are those of the whole layer, cut where they have an axis of experts."""
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class PrunedLayers:
             return tensor
         axis = expert_axis(tensor, empty, self.model.spec.num_experts, self.count) if tensor is not None else None
         if tensor is None or axis is None:
-            raise CannotBeDone(f"{self.model.checkpoint.folder}: {name} of the pruned layer is not one of the whole one")
+            raise CannotBeDone(
+                f"{self.model.checkpoint.folder}: {name} of the pruned layer is not one of the whole one"
+            )
         return tensor.index_select(axis, chosen)
 
     def _tables(self, index: int, names: Mapping[str, torch.Tensor]) -> set[str]:

@@ -125,7 +125,8 @@ class _MaskedLinear(TorchFunctionMode):
         if self.logits is None:
             self.logits = func(*args, **kwargs)
             return self.logits
-        assert self.rows is not None and self.mask is not None
+        assert self.rows is not None
+        assert self.mask is not None
         return self.logits.reshape(-1, self.logits.shape[-1])[self.rows].masked_fill(self.mask, float("-inf"))
 
     def _is_router(self, weight: torch.Tensor) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from reapc.checkpoint.atomic import claim_folder, remove, write_text
+from reapc.checkpoint.atomic import claim_folder, write_text
 from reapc.choice.greedy import greedy_kept
 from reapc.choice.pruned_layer import PrunedLayers
 from reapc.choice.routing import Block, MaskedRouter, Seen, coefficients, watched
@@ -144,7 +144,7 @@ class Survey:
         """What greedy removal leaves, or the reason why there is no such candidate. Runs the sample through the layer
         in any case. ``pruned``: the layer with only ``kept``, which masking is held against."""
         assert layer.experts is not None
-        block, inputs, hidden, weight = Block(layer), [], [], []
+        block, inputs, hidden = Block(layer), [], []
         tokens = self.sample.tokens
         with watched(block) as seen:
             for batch in tokens.batches(TOKENS_PER_BATCH):
@@ -155,8 +155,6 @@ class Survey:
                 inputs.append(seen.inputs[mine])
                 given = [*seen.args, *seen.kwargs.values()][0]
                 hidden.append(given.reshape(-1, given.shape[-1])[mine] if isinstance(given, torch.Tensor) else given)
-                after = self.sample.read(layer.index + 1, batch.rows, batch.length)
-                weight.append(1 / after.reshape(-1, after.shape[-1]).square().mean(dim=1)[mine.cpu()].clamp(min=1e-30))
         if isinstance(layer.experts, ScaledInputExperts):
             return None, "gate weights multiply the experts' inputs"
         if block.path == "" or len([*seen.args, *seen.kwargs.values()]) != 1:
@@ -166,11 +164,9 @@ class Survey:
             router.check(pruned, kept)
             protected = tuple(self.question.protected.get(layer.index, ()))
             outputs = self._outputs(layer, torch.cat(inputs))
-            tokens_weight = torch.cat(weight).to(outputs)
             with torch.inference_mode():
-                return greedy_kept(
-                    outputs, router, tokens_weight, self.question.kept, self.question.groups, protected
-                ), ""
+                kept = greedy_kept(outputs, router, self.question.kept, self.question.groups, protected)
+                return kept, ""
         except CannotBeDone as error:
             return None, str(error)
 
@@ -213,7 +209,9 @@ class Survey:
                 rows, each = batch.rows, batch.rows.stop - batch.rows.start
 
                 def by_sequence(values: torch.Tensor, each: int = each) -> NDArray[np.float64]:
-                    sums: NDArray[np.float64] = values.double().square().sum(dim=1).reshape(each, -1).sum(dim=1).cpu().numpy()
+                    sums: NDArray[np.float64] = (
+                        values.double().square().sum(dim=1).reshape(each, -1).sum(dim=1).cpu().numpy()
+                    )
                     return sums
 
                 norms[rows] = by_sequence(torch.where(real[:, None], seen.total, 0))
@@ -261,8 +259,3 @@ class Survey:
         with torch.inference_mode():
             block.module(*seen.args, **seen.kwargs)
         return routed.total
-
-
-def clear(work: Path) -> None:
-    """Removes what a survey was resumed from."""
-    remove(work)
