@@ -140,7 +140,7 @@ def command(
     chosen = choice.kept if choice else choose(scores, criterion, kept, groups_of(spec, dissolve_groups))
     settings = {"mtp": mtp, "dissolve_groups": dissolve_groups, "values": expert_values(scores, criterion)}
     more: dict[str, Any] = {"choice": choice.figures} if choice else {}
-    if not heal:
+    if not heal or text is None:
         size = prune(source, chosen, out, make_progress(), **settings)
     else:
         from reapc.healing import prune_and_heal
