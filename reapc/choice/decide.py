@@ -1,4 +1,7 @@
-"""Which finalist wins: by end KL, where the difference is beyond what other sequences could make of it."""
+"""Which finalist wins: by end KL, where the difference is beyond what other sequences could make of it.
+
+Whoever is not better than reap beyond the noise loses to it; of those who are, the best known one wins that is not
+worse than the best beyond the noise."""
 
 from __future__ import annotations
 
@@ -59,17 +62,23 @@ def decide(figures: Mapping[str, EndFigures], tokens: NDArray[np.float64]) -> De
     total = float(tokens.sum())
     short = [name for name in against if (reap.agree.sum() - figures[name].agree.sum()) / total > TOP1_LOSS]
     passed = f"; {', '.join(short)}: more than a point of top-1 below reap, passed over" if short else ""
-    rest = sorted((name for name in figures if name not in short), key=BEST_KNOWN.index)
-    best = min(rest, key=lambda name: float(figures[name].kl.sum()))
+    rest = sorted((name for name in against if name not in short), key=BEST_KNOWN.index)
     if len(tokens) < _LEAST_SEQUENCES:
         return Decision("reap", f"{len(tokens)} sequences are too few to tell: the best known criterion", against)
-    if best == "reap":
+    smaller = [name for name in rest if against[name].kl < 0]
+    if not smaller:
         return Decision("reap", f"no other finalist has a smaller KL{passed}", against)
-    equal = [n for n in rest if n == best or difference(figures[n].kl, figures[best].kl, tokens).low <= 0]
-    winner = equal[0]
-    behind = difference(figures[winner].kl, figures[best].kl, tokens)
-    noise = f"{best} has the smallest KL, but {behind} less is within the noise, and {winner} is the better known"
-    if winner == "reap":
-        return Decision(winner, noise + passed, against)
+    better = [name for name in smaller if against[name].high < 0]
+    if not better:
+        first = min(smaller, key=lambda name: against[name].kl)
+        why = f"{first} has the smallest KL, but {against[first]} less is within the noise, and reap is the best known"
+        return Decision("reap", why + passed, against)
+    best = min(better, key=lambda name: against[name].kl)
+    behind = {name: difference(figures[name].kl, figures[best].kl, tokens) for name in better}
+    winner = next(name for name in better if name == best or behind[name].low <= 0)
     why = f"KL smaller than reap's by {against[winner]}"
-    return Decision(winner, why + (f"; {noise}" if winner != best else "") + passed, against)
+    if winner != best:
+        why += (
+            f"; {best} has a smaller one, but {behind[winner]} less is within the noise, and {winner} is better known"
+        )
+    return Decision(winner, why + passed, against)

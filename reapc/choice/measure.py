@@ -160,7 +160,9 @@ def _relative(layers: list[SurveyedLayer], name: str) -> dict[int, float]:
 def _finalists(
     ranked: list[str], candidates: Mapping[str, Masks], layers: tuple[int, ...]
 ) -> tuple[list[str], dict[str, str]]:
-    """reap and the best ``FINALISTS`` others, and which candidate keeps the same experts as an earlier one."""
+    """reap, greedy removal (its loss is a relative one, so that it can be worse by the error of layers and better in the
+    end), and of the others the best, ``FINALISTS`` beside reap; and which candidate keeps the same experts as an
+    earlier one."""
     order = ["reap", *(name for name in CRITERIA if name != "reap"), GREEDY]
     same: dict[str, str] = {}
     seen: dict[str, str] = {}
@@ -169,8 +171,9 @@ def _finalists(
         if key in seen:
             same[name] = seen[key]
         seen.setdefault(key, name)
-    others = [name for name in ranked if name not in same and name != "reap"]
-    return ["reap", *others[:FINALISTS]], same
+    others = [name for name in ranked if name not in same and name not in ("reap", GREEDY)]
+    own = [GREEDY] if GREEDY in candidates and GREEDY not in same else []
+    return ["reap", *own, *others[: FINALISTS - len(own)]], same
 
 
 def _figures(

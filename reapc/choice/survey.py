@@ -30,7 +30,7 @@ from reapc.stream.run import HiddenStates, compute_batch, ids_of, states_of
 from reapc.stream.tokens import Batch, Tokens
 
 GREEDY = "greedy"
-GREEDY_TOKENS = 2048  # of the sample that greedy removal is computed from, at most
+GREEDY_TOKENS = 4096  # of the sample that greedy removal is computed from, at most
 WIDTH = 256  # channels of an expert's output in that sample: wider ones are projected at random
 _SAMPLE_BYTES = 512 << 20  # of all experts' outputs in that sample, at most
 TOKENS_PER_BATCH = 2048
