@@ -160,9 +160,9 @@ def _relative(layers: list[SurveyedLayer], name: str) -> dict[int, float]:
 def _finalists(
     ranked: list[str], candidates: Mapping[str, Masks], layers: tuple[int, ...]
 ) -> tuple[list[str], dict[str, str]]:
-    """reap, greedy removal (its loss is a relative one, so that it can be worse by the error of layers and better in the
-    end), and of the others the best, ``FINALISTS`` beside reap; and which candidate keeps the same experts as an
-    earlier one."""
+    """reap, greedy removal (its loss is a relative one: it can be worse by the error of layers, and better in the end),
+    and of the others the best, ``FINALISTS`` beside reap; and which candidate keeps the same experts as an earlier one.
+    """
     order = ["reap", *(name for name in CRITERIA if name != "reap"), GREEDY]
     same: dict[str, str] = {}
     seen: dict[str, str] = {}
