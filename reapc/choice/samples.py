@@ -49,8 +49,10 @@ def samples_of(tokens: Tokens, seed: int = 0) -> Samples:
 
 def _joined(a: Tokens, b: Tokens) -> Tokens:
     """Both, of one file."""
-    arrays = (np.concatenate(pair) for pair in ((a.input_ids, b.input_ids), (a.mask, b.mask), (a.domain, b.domain)))
-    return Tokens(*arrays, a.domains, a.source)
+    ids, mask, domain = (
+        np.concatenate(pair) for pair in ((a.input_ids, b.input_ids), (a.mask, b.mask), (a.domain, b.domain))
+    )
+    return Tokens(ids, mask, domain, a.domains, a.source)
 
 
 def _cut(tokens: Tokens, at_most: int) -> Tokens:
