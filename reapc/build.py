@@ -15,6 +15,7 @@ from reapc.arch import ModelSpec
 from reapc.checkpoint.atomic import make_folder, remove, require_room
 from reapc.checkpoint.reader import Checkpoint
 from reapc.checkpoint.source import fetch
+from reapc.choice.samples import samples_of
 from reapc.emit import write_result
 from reapc.errors import ReapcError
 from reapc.estimate import Estimate, estimate
@@ -28,7 +29,7 @@ from reapc.passes import Passes, Staged, llamacpp_version
 from reapc.plan import Plan
 from reapc.planner import prior
 from reapc.progress import Progress
-from reapc.prune.criteria import choose, dropped_share, expert_values, groups_of
+from reapc.prune.criteria import CRITERIA, choose, dropped_share, groups_of
 from reapc.prune.rewrite import check_scores
 from reapc.prune.stability import stability
 from reapc.quantize import checkpoint as quantizer
@@ -115,6 +116,7 @@ class Build:
         self.start = time.monotonic()
         self.stability: dict[str, Any] = {}
         self.healing: dict[str, Any] = {}
+        self.choice: dict[str, Any] = {}
         self.quantized: dict[str, Any] = {}  # what the manifest says of a quantized checkpoint
         self.cache = cache or StageCache(cache_root() / "stages", progress.log)
         make_folder(self.cache.root)
@@ -149,8 +151,9 @@ class Build:
         decoded = self.requirements.decodes(chosen)
         healed = self.requirements.heals(chosen)
         return estimate(
-            inputs.checkpoint, self.first_plan, inputs.calibration, inputs.held_out, tool, iters, decoded, healed
-        )
+            inputs.checkpoint, self.first_plan, inputs.calibration, inputs.held_out, tool, iters, decoded, healed,
+            self.requirements.measures(chosen),
+        )  # fmt: skip
 
     def run(self, out: Path) -> BuildResult:
         """Builds into ``out``; does nothing when this very result is there."""
@@ -166,7 +169,7 @@ class Build:
         scores, reference = self._observe()
         plan = self._second_plan(scores)
         groups = groups_of(inputs.checkpoint.spec, self.recipe.prune.dissolve_groups)
-        kept = choose(scores, plan.criterion, plan.chosen.experts_kept, groups)
+        plan, kept = self._choose(scores, plan, groups)
         self._say_stability(scores, plan, groups)
         result = self._quantize(self._prune(kept, plan, scores), plan)
         fit = check_fit(result, plan)
@@ -182,9 +185,26 @@ class Build:
             return inputs.scores, self.passes.reference(inputs.held_out)
         return self.passes.observe(inputs.held_out, model.source, model.revision)
 
+    def _choose(self, scores: Scores, plan: Plan, groups: int) -> tuple[Plan, dict[int, list[int]]]:
+        """The experts that stay: by the recipe's criterion, or by the one that measuring has chosen."""
+        calibration, count = self.inputs.calibration, plan.chosen.experts_kept
+        if not self.requirements.measures(plan.chosen):
+            return plan, choose(scores, plan.criterion, count, groups)
+        seed, dissolve = self.recipe.calibration.seed, self.recipe.prune.dissolve_groups
+        try:
+            samples_of(calibration, seed)
+        except ReapcError as error:
+            self.choice = {"winner": plan.criterion, "why": f"not measured: {error}"}
+            self.progress.log(f"choice: {plan.criterion}, {self.choice['why']}")
+            return plan, choose(scores, plan.criterion, count, groups)
+        found = self.passes.choose(scores, count, dissolve)
+        self.choice = found.figures
+        return plan.model_copy(update={"criterion": found.winner}), found.kept
+
     def _say_stability(self, scores: Scores, plan: Plan, groups: int) -> None:
         """How far the choice of experts depends on the calibration text: logged, and kept for the manifest."""
-        found = stability(scores, plan.criterion, plan.chosen.experts_kept, groups)
+        criterion = plan.criterion if plan.criterion in CRITERIA else "reap"  # greedy removal has no values of experts
+        found = stability(scores, criterion, plan.chosen.experts_kept, groups)
         for line in found.lines():
             self.progress.log(f"scores: {line}")
         self.stability = found.to_json()
@@ -214,8 +234,8 @@ class Build:
         whole = settings.mtp == "prune" or not checkpoint.spec.mtp_layers
         pruned = passes.source
         if plan.chosen.experts_kept != checkpoint.spec.num_experts or not whole:
-            values = expert_values(scores, plan.criterion)
-            pruned = passes.prune(kept, values, settings.mtp, settings.dissolve_groups)
+            worth = "reap" if self.choice else plan.criterion  # all candidates were measured with reap's values
+            pruned = passes.prune(kept, scores, worth, settings.mtp, settings.dissolve_groups)
         if self.requirements.decodes(plan.chosen):
             pruned = passes.decode(pruned)
         if self.requirements.heals(plan.chosen):
@@ -276,6 +296,7 @@ class Build:
             "format": plan.chosen.format,
             "as_stored": self.requirements.copies(plan.chosen),
             "engine": plan.chosen.engine,
+            "choice": self.choice,
             "healing": self.healing,
             "fit": [row.__dict__ for row in fit],
             **self.quantized,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from reapc.checkpoint.reader import Checkpoint
+from reapc.choice.samples import disk_tokens, forward_tokens
 from reapc.observe.observe import disk_bytes
 from reapc.plan import Plan
 from reapc.prune.heal_sides import disk_bytes as heal_bytes
@@ -58,11 +59,12 @@ def _matmul_rate() -> float:
 
 def estimate(
     checkpoint: Checkpoint, plan: Plan, calibration: Tokens, held_out: Tokens, tool: str = "", iters: int = 0,
-    decoded: bool = False, healed: bool = False,
+    decoded: bool = False, healed: bool = False, measured: bool = False,
 ) -> Estimate:  # fmt: skip
     """The needs of a build of ``plan``: two observations, a verification, the copies between, and the quantizer.
     ``tool`` writes a vLLM format ("" where none is written), AutoRound with ``iters`` steps per layer. ``decoded``: the
-    pruned checkpoint is written in 16 bit once more. ``healed``: it is refitted to the original."""
+    pruned checkpoint is written in 16 bit once more. ``healed``: it is refitted to the original.
+    ``measured``: the criterion is chosen by measuring candidates."""
     spec, chosen = checkpoint.spec, plan.chosen
     active = spec.active_parameters
     tokens = 2 * calibration.count + 2 * held_out.count
@@ -83,6 +85,8 @@ def estimate(
     if tool in ("auto-round", "gptqmodel"):
         memory = worker.needed_bytes(pruned_spec, tool)
         seconds += 2 * active * 2 * calibration.count / (_matmul_rate() * _FORWARD_EFFICIENCY)
+    if measured:
+        seconds += 2 * active * forward_tokens(spec, calibration) / (_matmul_rate() * _FORWARD_EFFICIENCY)
     healed_bytes = 0
     if healed:
         seconds += _HEALING_FORWARDS * 2 * active * calibration.count / (_matmul_rate() * _FORWARD_EFFICIENCY)
@@ -92,7 +96,10 @@ def estimate(
         )
     reference = 4 * held_out.input_ids.size * min(spec.vocab_size, 512)
     copies = pruned_bytes + healed_bytes + base_bytes + chosen.file_bytes
-    disk = disk_bytes(checkpoint, calibration, held_out) + reference + copies
+    states = disk_bytes(checkpoint, calibration, held_out)
+    if measured:  # after the observation, which has removed its own
+        states = max(states, disk_bytes(checkpoint, calibration, None) * disk_tokens(calibration) // calibration.count)
+    disk = states + reference + copies
     layer = max(
         sum(group.unit_parameters * (3 if group.role == "expert" else 1) for group in layer.kind.tensors)
         for layer in spec.layers

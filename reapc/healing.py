@@ -48,10 +48,10 @@ class Healed:
         }
 
 
-def split(tokens: Tokens, seed: int = 0) -> tuple[Tokens, Tokens, Tokens]:
+def split(tokens: Tokens, seed: int = 0, what: str = "healing") -> tuple[Tokens, Tokens, Tokens]:
     """Sequences to fit, to choose by and to report on: disjoint, each with a share of every domain.
 
-    ReapcError where a domain has too few for all three."""
+    ReapcError where a domain has too few for all three, which ``what`` needs."""
     parts: tuple[list[int], list[int], list[int]] = ([], [], [])
     random = np.random.default_rng(seed)
     for number, name in enumerate(tokens.domains):
@@ -61,7 +61,7 @@ def split(tokens: Tokens, seed: int = 0) -> tuple[Tokens, Tokens, Tokens]:
         few = max(1, len(mine) * _CHOICE // _OF)
         if len(mine) < 2 * few + 1:
             raise ReapcError(
-                f"{len(mine)} sequences of {name}: healing needs some to fit, some to choose by and some to report on",
+                f"{len(mine)} sequences of {name}: {what} needs some to fit, some to choose by and some to report on",
                 hint="give at least 3 sequences of every domain, better some hundreds",
             )
         for part, rows in zip(parts, (mine[2 * few :], mine[:few], mine[few : 2 * few]), strict=True):

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from reapc import __version__
+from reapc.checkpoint.atomic import remove
 from reapc.checkpoint.reader import Checkpoint
+from reapc.choice.measure import Choice, choose_measured
 from reapc.formats.weights import WeightFormat
 from reapc.healing import heal_and_judge
 from reapc.observe.observe import observe, observe_reference
 from reapc.observe.scores import Scores, load_scores
 from reapc.progress import Progress
+from reapc.prune.criteria import expert_values
 from reapc.prune.rewrite import Mtp, prune
 from reapc.quantize import checkpoint as quantizer
 from reapc.quantize.decoded import decode
@@ -87,22 +88,46 @@ class Passes:
         folder, _ = self.cache.run("observe", depends, work)
         return load_scores(folder / "scores.safetensors"), folder / "reference.safetensors"
 
+    def choose(self, scores: Scores, experts: int, dissolve_groups: bool) -> Choice:
+        """Which experts stay, by the criterion that loses least on calibration text."""
+        depends = {
+            "model": self.checkpoint.digest,
+            "scores": digest_of(scores.to_json()),
+            "experts": experts,
+            "calibration": self.calibration.digest,
+            "seed": self.seed,
+            "dissolve_groups": dissolve_groups,
+            "reapc": __version__,
+        }
+
+        def work(folder: Path, scratch: Path) -> None:
+            found = choose_measured(
+                self.checkpoint, scores, experts, self.calibration, scratch, self.progress,
+                dissolve_groups=dissolve_groups, seed=self.seed,
+            )  # fmt: skip
+            found.save(folder / "choice.json")
+            remove(scratch)
+
+        folder, _ = self.cache.run("choice", depends, work)
+        return Choice.load(folder / "choice.json")
+
     def prune(
-        self, kept: Mapping[int, list[int]], values: dict[int, np.ndarray], mtp: Mtp, dissolve_groups: bool
+        self, kept: Mapping[int, list[int]], scores: Scores, worth: str, mtp: Mtp, dissolve_groups: bool
     ) -> Staged:
-        """The pruned checkpoint. ``values``: see ``prune``."""
+        """The pruned checkpoint. ``worth``: the criterion whose values say which experts matter more (``prune``)."""
         depends = {
             "model": [self.checkpoint.digest, self.checkpoint.side_digest],
             "kept": {str(k): v for k, v in kept.items()},
             "dissolve_groups": dissolve_groups,
             "mtp": mtp,
+            "worth": worth,
             "reapc": __version__,
         }
 
         def work(folder: Path, scratch: Path) -> None:
             prune(
                 self.checkpoint, dict(kept), folder / "model", self.progress, mtp=mtp,
-                dissolve_groups=dissolve_groups, values=values,
+                dissolve_groups=dissolve_groups, values=expert_values(scores, worth),
             )  # fmt: skip
 
         folder, key = self.cache.run("prune", depends, work)

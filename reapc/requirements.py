@@ -51,6 +51,10 @@ class Requirements:
         fused = any(linear.experts for linear in self.checkpoint.packed.values())
         return quantization.method != "fp8" or "weight_block_size" not in quantization.config or fused
 
+    def measures(self, chosen: Candidate) -> bool:
+        """Whether the criterion is chosen by measuring candidates: method "auto", where anything is pruned."""
+        return self.recipe.prune.method == "auto" and chosen.experts_kept < self.checkpoint.spec.num_experts
+
     def heals(self, chosen: Candidate) -> bool:
         """Whether the pruned checkpoint is refitted to the original. CannotBeDone where the result consists of the
         checkpoint's own quantized bytes: refitted weights would have to be quantized anew."""

@@ -81,7 +81,7 @@ def test_a_quantized_source_is_decoded_and_then_healed(project: Path, cache: str
     assert code == 0, err
     found = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert found["healing"]["healed"]
-    assert list(found["stage_seconds"])[:4] == ["observe", "prune", "decode", "heal"]
+    assert list(found["stage_seconds"])[:5] == ["observe", "choice", "prune", "decode", "heal"]
 
 
 def test_what_cannot_be_healed_is_refused_before_anything_is_computed(

@@ -19,6 +19,7 @@ PURE = (
 PASSES = ("observe", "prune", "quantize", "verify")
 TOP = (
     "build",
+    "choice",
     "cli",
     "emit",
     "estimate",
@@ -41,6 +42,7 @@ FORBIDDEN = {
     **dict.fromkeys(
         (
             "build",
+            "choice",
             "emit",
             "estimate",
             "healing",

@@ -34,7 +34,7 @@ def _others(values: tuple[str, ...]) -> list[tuple[str, Path]]:
 @click.option("--formats", default="auto", show_default=True, help="GGUF types or `reapc formats`; auto: usual GGUF.")
 @click.option("--mixes", default=3, show_default=True, type=click.IntRange(0), help="Pruned formats for each budget.")
 @click.option("--max-ratio", default=0.5, show_default=True, type=click.FloatRange(0, 1, max_open=True))
-@click.option("--criteria", default="reap,weighted_sum", show_default=True, help="Who chooses the experts.")
+@click.option("--criteria", default="reap,auto", show_default=True, help="Who chooses; auto: who loses least.")
 @click.option("--heal", default="both", show_default=True, type=click.Choice(["both", "yes", "no"]))
 @click.option("--iters", type=click.IntRange(0), help="AutoRound's tuning steps.")
 @click.option(

@@ -151,7 +151,8 @@ def prune(
         kept = kept_with_mtp(spec, kept, groups, lambda layer: router_norms(checkpoint, layer), progress)
     else:
         kept = {layer: experts for layer, experts in kept.items() if layer in spec.moe_layers}
-    files = _json_files(checkpoint, kept, names, _pruned_config(checkpoint, count, with_mtp, dissolve_groups))
+    config = json.loads((checkpoint.folder / "config.json").read_text())
+    files = _json_files(checkpoint, kept, names, with_counts(config, spec, count, with_mtp, dissolve_groups))
     tables = _tables(checkpoint, kept, names, values)
     shards = plan_tensors(checkpoint, kept, names, partial_of(out))
     total = sum(tensor.bytes for tensors in shards.values() for tensor in tensors)
@@ -202,10 +203,11 @@ def _section(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     return config, last
 
 
-def _pruned_config(checkpoint: Checkpoint, count: int, with_mtp: bool, dissolve_groups: bool) -> dict[str, Any]:
-    """config.json with the new counts; quantization_config as it was."""
-    config: dict[str, Any] = json.loads((checkpoint.folder / "config.json").read_text())
-    spec = checkpoint.spec
+def with_counts(
+    config: dict[str, Any], spec: ModelSpec, count: int, with_mtp: bool, dissolve_groups: bool
+) -> dict[str, Any]:
+    """The parsed config.json ``config`` with ``count`` experts a layer, changed in place; quantization_config as it
+    was."""
     values = dict.fromkeys(spec.expert_count_keys, count)
     if not with_mtp:
         values |= dict.fromkeys(spec.mtp_count_keys, 0)

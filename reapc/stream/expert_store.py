@@ -109,3 +109,20 @@ class ExpertStore:
             if expert not in self._seen:
                 self.reader.load(expert)
                 self._seen.add(expert)
+
+
+class KeptExperts(ExpertStore):
+    """The experts ``kept`` of a store, under their numbers in the pruned layer; nothing is held twice."""
+
+    def __init__(self, whole: ExpertStore, kept: Sequence[int]) -> None:
+        self.whole = whole
+        self.kept = list(kept)
+
+    def get(self, expert: int) -> Expert:
+        return self.whole.get(self.kept[expert])
+
+    def each(self, experts: Sequence[int]) -> Generator[Expert, None, None]:
+        return self.whole.each([self.kept[expert] for expert in experts])
+
+    def check_rest(self, experts: int) -> None:
+        """The whole store's owner does that."""

@@ -95,12 +95,7 @@ class StreamedExperts(nn.Module):
         """Sum over chosen experts of gate weight x expert output, in the shape of ``hidden_states`` (..., in).
 
         The classes name the other two differently: indices (tokens, top_k) are the one of integers."""
-        given = [*args, *kwargs.values()]
-        try:
-            (index,) = (value for value in given if not value.is_floating_point())
-            (weights,) = (value for value in given if value.is_floating_point())
-        except ValueError:
-            raise CannotBeDone(f"the router gives {len(given)} values: indices and weights are expected") from None
+        index, weights = routing_given(*args, **kwargs)
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         return self._sum(hidden, index, weights).reshape(hidden_states.shape)
 
@@ -155,6 +150,18 @@ class ScaledInputExperts(StreamedExperts):
                     self.observer.routed(RoutedPairs(expert, inputs, activated, outputs, ones, tokens))
                 result[expert][tokens] = outputs
         return result.reshape(hidden_states.shape)
+
+
+def routing_given(*args: torch.Tensor, **kwargs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(indices, gate weights), both (tokens, top_k), of what a block hands its experts behind the hidden states;
+    CannotBeDone where that is something else."""
+    given = [*args, *kwargs.values()]
+    try:
+        (index,) = (value for value in given if not value.is_floating_point())
+        (weights,) = (value for value in given if value.is_floating_point())
+    except ValueError:
+        raise CannotBeDone(f"the router gives {len(given)} values: indices and weights are expected") from None
+    return index, weights
 
 
 def find_experts(module: nn.Module, num_experts: int) -> tuple[str, nn.Module]:

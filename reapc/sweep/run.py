@@ -19,7 +19,7 @@ from reapc.observe.reference import read_reference
 from reapc.observe.scores import Scores
 from reapc.passes import Passes, Staged, llamacpp_version
 from reapc.progress import Progress
-from reapc.prune.criteria import CRITERIA, choose, expert_values, groups_of
+from reapc.prune.criteria import CRITERIA, choose, groups_of
 from reapc.quantize import checkpoint as quantizer
 from reapc.stages import StageCache, digest_of
 from reapc.stream.tokens import Tokens
@@ -82,9 +82,10 @@ class Sweep:
     def __init__(
         self, passes: Passes, panel: Tokens, out: Path, progress: Progress, settings: Settings, name: str = ""
     ) -> None:
-        unknown = [criterion for criterion in settings.criteria if criterion not in CRITERIA]
+        known = ("auto", *CRITERIA)
+        unknown = [criterion for criterion in settings.criteria if criterion not in known]
         if unknown:
-            raise ReapcError(f"--criteria {unknown[0]}: no such criterion", hint=f"known: {', '.join(CRITERIA)}")
+            raise ReapcError(f"--criteria {unknown[0]}: no such criterion", hint=f"known: {', '.join(known)}")
         passes.checkpoint.refuse_quantized("a sweep")
         make_folder(out)
         self.passes, self.panel, self.out, self.progress, self.settings = passes, panel, out, progress, settings
@@ -170,8 +171,11 @@ class Sweep:
         if mix.kept < spec.num_experts or spec.mtp_layers:  # which are left out everywhere
             passes.cache = StageCache(self.out / "stages" / _pruned(mix), self.progress.log)
             dissolve, criterion = self.settings.dissolve_groups, mix.criterion or "reap"
-            kept = choose(self.scores, criterion, mix.kept, groups_of(spec, dissolve))
-            model = passes.prune(kept, expert_values(self.scores, criterion), "drop", dissolve)
+            if criterion == "auto":
+                kept, criterion = passes.choose(self.scores, mix.kept, dissolve).kept, "reap"
+            else:
+                kept = choose(self.scores, criterion, mix.kept, groups_of(spec, dissolve))
+            model = passes.prune(kept, self.scores, criterion, "drop", dissolve)
         passes.cache = StageCache(self.out / "stages" / _variant(mix), self.progress.log)
         if mix.healed:
             model, _ = passes.heal(model)

@@ -1,0 +1,1 @@
+"""The measured choice of the pruning criterion: candidates as masks on the streamed original, nothing written."""
