@@ -1,0 +1,413 @@
+"""What the sections of a build's report show. Each function gives its template's values, or raises Missing with the
+sentence that stands in its place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from reapc.plan import Candidate, Plan
+from reapc.report import frontier as front
+from reapc.report import tables
+from reapc.report.data import FRONTIER, BuildData, Missing
+from reapc.report.devices import equal_devices, names_of
+from reapc.report.heatmap import heat_map, legend
+from reapc.report.svg import Plot, bar, figures, interval_bar
+from reapc.report.tables import Table
+from reapc.units import format_bytes, format_seconds
+
+PARTS = (
+    ("weights", "c0"), ("KV cache", "c1"), ("state", "c2"), ("workspace", "c3"), ("overhead", "c4"),
+)  # fmt: skip
+
+
+def decision(data: BuildData) -> dict[str, Any]:
+    """What was chosen, why, and what was not."""
+    plan = data.plan
+    prior = data.plans.get("from_prior")
+    chosen = plan.chosen
+    changed = ""
+    if prior and (prior.chosen.experts_kept, prior.chosen.format) != (chosen.experts_kept, chosen.format):
+        changed = (
+            f"Before anything was observed the plan was {prior.chosen.experts_kept} experts in {prior.chosen.format}; "
+            "the scores changed it."
+        )
+    found = data.manifest.get("fidelity")
+    measured = found.get("kl") if isinstance(found, dict) else None
+    return {
+        "plan": plan,
+        "rows": list(decision_rows(data).items()),
+        "changed": changed,
+        "predicted": tables.kl(chosen.predicted_loss),
+        "measured": None if measured is None else tables.kl(measured),
+        "runners_up": _candidates(plan.runners_up, plan) if plan.runners_up else None,
+        "refused": _refused(plan) if plan.refused else None,
+    }
+
+
+def decision_rows(data: BuildData) -> dict[str, str]:
+    """The decision in words, by what it is of."""
+    plan = data.plan
+    chosen, place = plan.chosen, plan.chosen.placement
+    if chosen.engine == "llama.cpp":
+        layout = "layers per device " + ", ".join(map(str, place.layers_per_device))
+        if place.offloaded_layers:
+            layout += f"; experts of the first {place.offloaded_layers} layers in RAM"
+    else:
+        layout = (
+            f"tensor parallel {place.tensor_parallel}, pipeline parallel {place.pipeline_parallel}, "
+            f"expert parallel {place.expert_parallel}"
+        )
+    ceiling = chosen.decode_tokens_per_second_ceiling
+    healing = data.manifest.get("healing")
+    healed = "no"
+    if isinstance(healing, dict) and healing:
+        healed = "yes" if healing.get("healed") else "tried, and not kept: it made the result worse"
+    return {
+        "Model": f"{plan.model} ({plan.family}, {plan.num_experts} experts per layer, {plan.top_k} per token)",
+        "Target": plan.target,
+        "Experts kept": f"{chosen.experts_kept} of {plan.num_experts} per layer ({chosen.prune_ratio:.1%} pruned)",
+        "Criterion": plan.criterion,
+        "Healed": healed,
+        "Format": f"{chosen.format}, {chosen.bits_per_expert_weight:.2f} bits per expert weight",
+        "Engine": chosen.engine,
+        "Layout": layout,
+        "Context": f"{chosen.context:,} tokens x {chosen.concurrency}, KV cache in {chosen.kv_dtype}",
+        "Decoding": f"at most {ceiling:,.0f} tokens/s by bandwidth" if ceiling else "bandwidth not known",
+    }
+
+
+def _candidates(candidates: Sequence[Candidate], plan: Plan) -> Table:
+    rows = [
+        [
+            item.engine, item.format, f"{item.experts_kept} of {plan.num_experts}",
+            f"{item.bits_per_expert_weight:.2f}", format_bytes(item.file_bytes),
+            format_bytes(item.placement.fullest.free_bytes), tables.kl(item.predicted_loss),
+        ]
+        for item in (plan.chosen, *candidates)
+    ]  # fmt: skip
+    head = ("engine", "format", "experts", "bits", "file", "free on the fullest", "predicted KL")
+    return Table("The choice, then the runners-up, best first", head, rows, (0, 1))
+
+
+def _refused(plan: Plan) -> Table:
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for refusal in plan.refused:
+        grouped.setdefault((refusal.engine, refusal.reason), []).append(refusal.format)
+    rows = [[engine, ", ".join(dict.fromkeys(names)), reason] for (engine, reason), names in grouped.items()]
+    return Table("Refused, with the reason", ("engine", "formats", "reason"), rows, (0, 1, 2))
+
+
+def memory(data: BuildData) -> dict[str, Any]:
+    """Bytes per device, as predicted, and what the result really is."""
+    devices = data.plan.chosen.placement.devices
+    bars, rows = [], []
+    for group in equal_devices(devices):
+        d = group[0]
+        amounts = (d.weights_bytes, d.kv_bytes, d.state_bytes, d.workspace_bytes, d.overhead_bytes)
+        capacity = format_bytes(d.capacity_bytes) if d.given else "a capacity that nobody stated"
+        said = f"{format_bytes(d.used_bytes)} of {capacity}"
+        free = f", {format_bytes(d.free_bytes)} free" if d.given else ""
+        parts = [(float(amount), f"fill {css}") for amount, (_, css) in zip(amounts, PARTS, strict=True)]
+        whole = max(d.capacity_bytes, d.used_bytes, 1)
+        bars.append({"name": names_of(group), "said": said + free, "bar": bar(f"{names_of(group)}: {said}{free}", parts, whole)})
+        rows.append([names_of(group), *map(tables.size, amounts), capacity, format_bytes(d.free_bytes) if d.given else "-"])
+    present = [i for i in range(len(PARTS)) if any(row[1 + i] != tables.size(0) for row in rows)]
+    head = ["device", *(PARTS[i][0] for i in present), "capacity", "free"]
+    table = Table("Predicted bytes per device", head, [[r[0], *(r[1 + i] for i in present), *r[-2:]] for r in rows])
+    fit = data.manifest.get("fit") or []
+    proof = [
+        [
+            str(row["name"]), tables.size(row["predicted_bytes"]),
+            "not measured" if row["actual_bytes"] is None else tables.size(row["actual_bytes"]),
+            tables.NONE if row["actual_bytes"] is None else f"{row['actual_bytes'] - row['predicted_bytes']:+,}",
+            str(row["source"]),
+        ]
+        for row in fit
+    ]  # fmt: skip
+    return {
+        "bars": bars,
+        "legend": [PARTS[i] for i in present],
+        "parts": table,
+        "proof": Table("Predicted and real bytes", ("bytes", "predicted", "real", "difference", "measured by"), proof, (0, 4))
+        if proof
+        else None,
+    }  # fmt: skip
+
+
+def experts(data: BuildData) -> dict[str, Any]:
+    """Scores and routed tokens of every expert, and which of them stay."""
+    from reapc.prune.criteria import CRITERIA
+
+    scores, kept = data.scores, data.kept
+    sums = {layer: scores.layer(layer) for layer in scores.layers}
+    if not sums:
+        raise Missing("No layer with experts was observed.")
+    criterion = data.plan.criterion
+    if criterion not in CRITERIA:
+        raise Missing(f"The criterion {criterion!r} is not one that this version can read off the scores.")
+    worth = {layer: found[CRITERIA[criterion]] for layer, found in sums.items()}
+    routed = {layer: found["routed_tokens"] for layer, found in sums.items()}
+    used = {layer: counts > 0 for layer, counts in routed.items()}
+    rows, lost = [], []
+    for layer, values in worth.items():
+        stays = np.zeros(len(values), bool)
+        stays[kept.get(layer, range(len(values)))] = True
+        mass = sums[layer]["gate_norm_sum"]
+        share = [1 - found[stays].sum() / max(found.sum(), 1e-300) for found in (routed[layer], mass)]
+        lost.append(share)
+        cut = f"{figures(values[stays].min())} / {figures(values[~stays].max())}" if not stays.all() else tables.NONE
+        rows.append(
+            [
+                str(layer), str(int(stays.sum())), cut, tables.percent(share[0]), tables.percent(share[1]),
+                f"{int(routed[layer].min()):,} / {int(np.median(routed[layer])):,} / {int(routed[layer].max()):,}",
+                str(int((~used[layer]).sum())),
+            ]
+        )  # fmt: skip
+    head = (
+        "layer", "kept", "least kept / most dropped", "routed tokens dropped", "saliency dropped",
+        "routed tokens, least / median / most", "never routed to",
+    )  # fmt: skip
+    name = f"Scores ({criterion})"
+    mean = np.mean(lost, axis=0)
+    return {
+        "criterion": criterion,
+        "ranked": heat_map(worth, kept, used, name, ranked=True),
+        "placed": heat_map(worth, kept, used, name, ranked=False),
+        "routed": heat_map(routed, kept, used, "Routed tokens", ranked=False),
+        "legend": legend(),
+        "tokens": f"{int(scores.header['tokens']):,}",
+        "dropped": [tables.percent(float(value)) for value in mean],
+        "layers": Table("Experts by layer", head, rows, ()),
+        "never": sum(int((~found).sum()) for found in used.values()),
+    }
+
+
+def healing(data: BuildData) -> dict[str, Any]:
+    """What refitting the kept experts gave back, by layer."""
+    found = data.manifest.get("healing")
+    if not found:
+        raise Missing("This build was not healed (prune.heal in the recipe).")
+    layers = found["layers"]
+    plot = Plot.of(
+        f"Residual left after healing, of {len(layers)} layers, in percent of what the pruned layer lacked",
+        (0, len(layers)), (0, max(100.0, *(100 * _left(layer["choice"]) for layer in layers))), height=200,
+        x_label="layer", y_label="% of the residual left", x_marks=[],
+    )  # fmt: skip
+    plot.level(100, "as pruned")
+    for place, layer in enumerate(layers):
+        for number, part in enumerate(("fit", "choice")):
+            left = 100 * _left(layer[part])
+            said = f"layer {layer['layer']}, {'fitted tokens' if part == 'fit' else 'other tokens'}: {left:.1f} % left"
+            plot.column(place + 0.1 + 0.4 * number, place + 0.5 + 0.4 * number, left, number, said)
+    every = max(1, -(-len(layers) // 12))
+    named = {place + 0.5: str(layer["layer"]) for place, layer in enumerate(layers) if place % every == 0}
+    plot.x.marks, plot.x.format = list(named), named.__getitem__
+    rows = [
+        [
+            str(layer["layer"]), f"{layer['choice'][0]:.3g}",
+            *(tables.percent(1 - _left(layer[part])) for part in ("fit", "choice")),
+            "yes" if layer["kept"] else "no", str(layer["changed"]),
+        ]
+        for layer in layers
+    ]  # fmt: skip
+    head = ("layer", "lacking, mean square", "removed, fitted tokens", "removed, other tokens", "kept", "experts changed")
+    before, after = found["before"], found["after"]
+    return {
+        "healed": bool(found["healed"]),
+        "plot": plot.render(),
+        "layers": Table("Residual by layer", head, rows, ()),
+        "outcome": Table(
+            f"The pruned model, before quantization, on {after['tokens']:,} tokens that nothing was fitted to",
+            ("", "KL", "top-1"),
+            [[name, tables.kl(f["kl"]), tables.percent(f["top1"])] for name, f in (("pruned", before), ("healed", after))],
+        ),
+    }
+
+
+def _left(pair: Sequence[float]) -> float:
+    return float(pair[1] / max(pair[0], 1e-300))
+
+
+def loss(data: BuildData) -> dict[str, Any]:
+    """KL by domain and by position."""
+    from reapc.verify.intervals import FEWEST, mean_interval
+
+    found = data.get("fidelity", "what was lost")
+    try:
+        detail, why = data.detail, ""
+    except Missing as error:
+        detail, why = None, str(error)
+    rows = {"all": found, **found.get("domains", {})}
+    intervals = {name: None for name in rows}
+    if detail:
+        intervals = {name: mean_interval(*sums_of(detail, name, "kl")) for name in rows}
+    whole = 1.02 * max([row["kl"] for row in rows.values()] + [i.high for i in intervals.values() if i] + [1e-9])
+    lines = []
+    for name, row in rows.items():
+        interval = intervals[name]
+        said = f"{name}: KL {tables.kl(row['kl'])}" + (f", interval {tables.ends(interval)}" if interval else "")
+        lines.append(
+            [
+                name, interval_bar(said, row["kl"], interval, whole), tables.kl(row["kl"]), tables.ends(interval),
+                tables.percent(row["top1"]), tables.perplexity(row["perplexity_a"]),
+                tables.perplexity(row["perplexity_b"]), f"{row['tokens']:,}",
+            ]
+        )  # fmt: skip
+    head = ("domain", "", "KL", "95 % interval", "top-1", "perplexity before", "after", "tokens")
+    return {
+        "domains": Table("By domain, on held-out text", head, lines, (0, 1)),
+        "positions": position_plot([("", detail["positions"])]) if detail and detail["positions"] else None,
+        "position_table": _positions(detail["positions"]) if detail and detail["positions"] else None,
+        "missing": why,
+        "exact": detail["exact"] if detail else True,
+        "fewest": FEWEST,
+        "sequences": detail["held_out"]["sequences"] if detail else None,
+    }
+
+
+def sums_of(detail: dict[str, Any], domain: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(sequences,) sums of ``name`` and (sequences,) tokens; those of a domain's own sequences, or of ``all``."""
+    sequences = detail["sequences"]
+    sums, counts = np.array(sequences[name], np.float64), np.array(sequences["tokens"], np.float64)
+    if domain == "all" and len(detail["domains"]) != 1:
+        return sums, counts
+    mine = np.array([detail["domains"][i] for i in sequences["domain"]]) == domain
+    return (sums[mine], counts[mine]) if mine.any() else (sums, counts)
+
+
+def position_plot(curves: Sequence[tuple[str, list[dict[str, Any]]]]) -> Any:
+    """KL by how many tokens the models had read, a line each."""
+    ranges = [row for _, rows in curves for row in rows]
+    highest = max([row["kl"] for row in ranges] + [row["interval"][1] for row in ranges if row["interval"]] + [1e-9])
+    longest = max(row["to"] for row in ranges)
+    plot = Plot.of(
+        "KL by the number of tokens read", (1, max(2, longest)), (0, 1.05 * highest), x_log=True,
+        x_label="tokens read (logarithmic)", y_label="KL in nats per token",
+        x_marks=[2**i for i in range(0, int(longest).bit_length(), 1 + int(longest).bit_length() // 8)],
+        x_format=lambda value: f"{value:.0f}",
+    )  # fmt: skip
+    for number, (name, rows) in enumerate(curves):
+        places = [float(np.sqrt(row["from"] * row["to"])) for row in rows]
+        bands = [(at, *row["interval"]) for at, row in zip(places, rows, strict=True) if row["interval"]]
+        plot.area(bands, number)
+        plot.line([(at, row["kl"]) for at, row in zip(places, rows, strict=True)], number)
+        for at, row in zip(places, rows, strict=True):
+            said = f"{name + ': ' if name else ''}{_range(row)} tokens read: KL {tables.kl(row['kl'])}"
+            plot.mark(at, row["kl"], said, number)
+    return plot.render()
+
+
+def _range(row: dict[str, Any]) -> str:
+    return str(row["from"]) if row["from"] == row["to"] else f"{row['from']} to {row['to']}"
+
+
+def _positions(rows: list[dict[str, Any]]) -> Table:
+    cells = [
+        [_range(r), tables.kl(r["kl"]), tables.ends(r["interval"]), tables.percent(r["top1"]), f"{r['tokens']:,}"]
+        for r in rows
+    ]
+    return Table("By position", ("tokens read", "KL", "95 % interval", "top-1", "positions"), cells, (0,))
+
+
+def stability(data: BuildData) -> dict[str, Any]:
+    """How far the choice of experts depends on the calibration text."""
+    from reapc.prune.stability import Stability
+
+    stored = data.get("stability", "how stable the choice is")
+    found = Stability(**stored)
+    plot = None
+    if found.curve:
+        plot = Plot.of(
+            "Share of the dropped experts that a part of the data already names",
+            (0, max(tokens for _, tokens, _ in found.curve)), (0, 100), x_label="calibration tokens",
+            y_label="% of the dropped experts in common", x_format=_thousands, height=200,
+        )  # fmt: skip
+        plot.line([(tokens, 100 * share) for _, tokens, share in found.curve])
+        for sequences, tokens, share in found.curve:
+            plot.mark(tokens, 100 * share, f"{sequences:,} sequences, {tokens:,} tokens: {100 * share:.0f} %")
+        plot.level(100 * found.chance, "by chance")
+        plot = plot.render()
+    rows = [[a, b, f"{100 * share:.0f} %"] for a, b, share in found.domains]
+    head = ("domain", "and domain", "dropped experts in common")
+    return {
+        "lines": [line[0].upper() + line[1:] + "." for line in found.lines()],
+        "plot": plot,
+        "domains": Table("Domains by themselves", head, rows, (0, 1)) if rows else None,
+    }
+
+
+def _thousands(value: float) -> str:
+    for power, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= power:
+            return f"{value / power:g}{letter}"
+    return f"{value:g}"
+
+
+def frontier(data: BuildData) -> dict[str, Any]:
+    """Where this build lies among all that were measured on one panel."""
+    path = data.siblings / FRONTIER
+    if not path.is_file():
+        raise Missing("This build is no part of a sweep, so there is no frontier to draw it on.")
+    try:
+        points = front.read_points(path)
+        plot = front.frontier(points)
+    except ValueError as error:
+        raise Missing(f"{path.name} in the folder above cannot be drawn: {str(error).splitlines()[0]}") from error
+    rows = [
+        [
+            ("this build: " if p.here else "") + p.label, p.series or tables.NONE, tables.size(p.bytes), tables.kl(p.kl),
+            tables.ends((p.low, p.high) if p.low is not None and p.high is not None else None),
+        ]
+        for p in sorted(points, key=lambda p: (p.bytes, p.kl))
+    ]  # fmt: skip
+    head = ("configuration", "series", "bytes", "KL", "95 % interval")
+    return {"plot": plot, "legend": front.legend(points), "points": Table("All points", head, rows, (0, 1))}
+
+
+def provenance(data: BuildData) -> dict[str, Any]:
+    """What this was made from, with what, and how to make it again."""
+    manifest = data.manifest
+    recipe = manifest.get("recipe") or {}
+    seed = (recipe.get("calibration") or {}).get("seed") if isinstance(recipe, dict) else None
+
+    def text(key: str) -> str:
+        found = manifest.get(key) or {}
+        amount = f", {found['sequences']:,} sequences" if "sequences" in found else ""
+        return f"{found.get('source') or 'not named'}: {found.get('tokens', 0):,} tokens{amount}"
+
+    facts = {
+        "Command": manifest.get("command"),
+        "Date": manifest.get("date"),
+        "Model": data.model,
+        "Model digest": (manifest.get("model") or {}).get("digest"),
+        "Calibration": text("calibration"),
+        "Calibration digest": (manifest.get("calibration") or {}).get("digest"),
+        "Held-out text": text("held_out"),
+        "Held-out digest": (manifest.get("held_out") or {}).get("digest"),
+        "Seed": seed,
+        "Build key": manifest.get("key"),
+    }
+    stages = manifest.get("stage_seconds") or {}
+    reused = set(manifest.get("reused") or ())
+    rows = [[name, "reused" if name in reused else format_seconds(value)] for name, value in stages.items()]
+    total = manifest.get("seconds")
+    if total is not None:
+        rows.append(["all, with checks", format_seconds(total)])
+    return {
+        "facts": [(name, str(value)) for name, value in facts.items() if value not in (None, "")],
+        "versions": Table("Versions", ("package", "version"), list((manifest.get("versions") or {}).items()), (0, 1)),
+        "stages": Table("Stages", ("stage", "time"), rows),
+        "files": Table("Files", ("file", "bytes"), [[n, f"{s:,}"] for n, s in sorted((manifest.get("files") or {}).items())]),
+        "recipe": json.dumps(_given(recipe), indent=2, ensure_ascii=False) if recipe else "",
+    }  # fmt: skip
+
+
+def _given(value: Any) -> Any:
+    """A recipe without what it leaves open."""
+    if isinstance(value, dict):
+        return {k: _given(v) for k, v in value.items() if v is not None and v != "" and v != {}}
+    return value
