@@ -60,7 +60,7 @@ def heat_map(
     experts = max(len(values[layer]) for layer in layers)
     shares = {layer: values[layer] / max(float(values[layer].max()), 1e-300) for layer in layers}
     positive = np.concatenate([share[share > 0] for share in shares.values()])
-    lowest = float(np.clip(np.quantile(positive, 0.01), 1e-4, 0.5)) if positive.size else 0.5
+    lowest = float(np.clip(np.quantile(positive, 0.05), 1e-4, 0.5)) if positive.size else 0.5
     pixels = np.full((len(layers), experts), _NEVER, np.uint8)
     ends = []
     for row, layer in enumerate(layers):

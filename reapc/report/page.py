@@ -57,9 +57,11 @@ def _environment() -> Environment:
     return environment
 
 
-def section(name: str, title: str, values: Callable[[], Mapping[str, Any]], strict: bool = False) -> Section:
-    """The section ``name`` from its template and what ``values`` gives; a sentence instead where it cannot be shown.
-    ``strict``: whatever is not Missing is raised."""
+def section(
+    name: str, title: str, values: Callable[[], Mapping[str, Any]], strict: bool = False, id: str = ""
+) -> Section:
+    """The section of the template ``name`` with what ``values`` gives; a sentence instead where it cannot be shown.
+    ``strict``: whatever is not Missing is raised. ``id``: its anchor, the template's name unless given."""
     try:
         html = _environment().get_template(f"{name}.html.j2").render(values())
     except Missing as error:
@@ -68,7 +70,7 @@ def section(name: str, title: str, values: Callable[[], Mapping[str, Any]], stri
         if strict:
             raise
         html = left_out(f"This part could not be drawn ({type(error).__name__}: {error}).")
-    return Section(name, title, Markup(html))
+    return Section(id or name, title, Markup(html))
 
 
 def left_out(sentence: str) -> Markup:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from reapc.report.heatmap import heat_map, legend
 from reapc.report.svg import Plot, bar, figures, interval_bar
 from reapc.report.tables import Table
 from reapc.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from reapc.prune.stability import Stability
 
 PARTS = (
     ("weights", "c0"), ("KV cache", "c1"), ("state", "c2"), ("workspace", "c3"), ("overhead", "c4"),
@@ -331,13 +334,26 @@ def stability(data: BuildData) -> dict[str, Any]:
             plot.mark(tokens, 100 * share, f"{sequences:,} sequences, {tokens:,} tokens: {100 * share:.0f} %")
         plot.level(100 * found.chance, "by chance")
         plot = plot.render()
-    rows = [[a, b, f"{100 * share:.0f} %"] for a, b, share in found.domains]
+    rows = [[a, b, f"{100 * share:.0f} %"] for a, b, share in sorted(found.domains, key=lambda pair: pair[2])]
     head = ("domain", "and domain", "dropped experts in common")
     return {
-        "lines": [line[0].upper() + line[1:] + "." for line in found.lines()],
+        "lines": [line[0].upper() + line[1:] + "." for line in _stability_lines(found)],
         "plot": plot,
         "domains": Table("Domains by themselves", head, rows, (0, 1)) if rows else None,
     }
+
+
+def _stability_lines(found: Stability) -> list[str]:
+    """What it says in words; many pairs of domains that disagree are one line, the table has them all."""
+    lines, pairs = found.lines(), found.disagreeing
+    if len(pairs) < 3:
+        return lines
+    start = 0 if found.halves is None else 1
+    one = (
+        f"{len(pairs)} of {len(found.domains)} pairs of domains would drop other experts for the most part (down to "
+        f"{100 * min(pair[2] for pair in pairs):.0f} % in common): the mix decides which of them is served"
+    )
+    return [*lines[:start], one, *lines[start + len(pairs) :]]
 
 
 def _thousands(value: float) -> str:
