@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from reapc.report import tables
@@ -10,6 +11,7 @@ from reapc.report.tables import Table
 
 _SHADES = (0.05, 0.2, 0.5, 1.0)  # KL in nats from which a token's ground is darker
 _ROWS, _BEFORE = 10, 28
+_SIGNS = re.compile(r" +|[\n\t\r]")
 
 
 def passages(data: BuildData) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def _most_different(item: dict[str, Any]) -> Table | None:
         token = tokens[i]
         rows.append(
             [
-                "…" + _marks(before[-_BEFORE:]), f"{_visible(token)} ({token['next_a']:.0%} → {token['next_b']:.0%})",
+                "…" + _marks(before[-_BEFORE:]), f"{_visible(token)} ({_percent(token['next_a'])} → {_percent(token['next_b'])})",
                 _choice(token["best_a"]), _choice(token["best_b"]), f"{token['kl']:.3f}",
             ]
         )  # fmt: skip
@@ -81,8 +83,20 @@ def _visible(token: dict[str, Any]) -> str:
 
 
 def _marks(text: str) -> str:
-    return text.replace("\r", "").replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣")
+    """Spaces and line ends as signs; many spaces as their number."""
+    return _SIGNS.sub(_sign, text)
+
+
+def _sign(found: re.Match[str]) -> str:
+    run = found.group()
+    if run[0] == " ":
+        return "␣" * len(run) if len(run) < 4 else f"[{len(run)} ␣]"
+    return {"\n": "↵", "\t": "⇥"}.get(run, "")
 
 
 def _choice(token: dict[str, Any]) -> str:
-    return f"{_visible(token)} {token['probability']:.0%}"
+    return f"{_visible(token)} {_percent(token['probability'])}"
+
+
+def _percent(probability: float) -> str:
+    return f"{100 * probability:.0f} %"

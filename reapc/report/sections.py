@@ -197,15 +197,17 @@ def healing(data: BuildData) -> dict[str, Any]:
     layers = found["layers"]
     plot = Plot.of(
         f"Residual left after healing, of {len(layers)} layers, in percent of what the pruned layer lacked",
-        (0, len(layers)), (0, max(100.0, *(100 * _left(layer["choice"]) for layer in layers))), height=200,
+        (0, len(layers)), (0, 100), height=200,
         x_label="layer", y_label="% of the residual left", x_marks=[],
     )  # fmt: skip
     plot.level(100, "as pruned")
     for place, layer in enumerate(layers):
-        for number, part in enumerate(("fit", "choice")):
-            left = 100 * _left(layer[part])
-            said = f"layer {layer['layer']}, {'fitted tokens' if part == 'fit' else 'other tokens'}: {left:.1f} % left"
-            plot.column(place + 0.1 + 0.4 * number, place + 0.5 + 0.4 * number, left, number, said)
+        fit, other = (100 * _left(layer[part]) for part in ("fit", "choice"))
+        said = f"layer {layer['layer']}: {other:.1f} % left on other tokens, {fit:.1f} % on those fitted"
+        if not layer["kept"]:
+            other, said = 100.0, said + "; not kept"
+        plot.column(place + 0.1, place + 0.9, other, 0 if layer["kept"] else 4, said)
+        plot.line([(place + 0.1, fit), (place + 0.9, fit)], 3)
     every = max(1, -(-len(layers) // 12))
     named = {place + 0.5: str(layer["layer"]) for place, layer in enumerate(layers) if place % every == 0}
     plot.x.marks, plot.x.format = list(named), named.__getitem__
@@ -221,6 +223,7 @@ def healing(data: BuildData) -> dict[str, Any]:
     before, after = found["before"], found["after"]
     return {
         "healed": bool(found["healed"]),
+        "some_left": not all(layer["kept"] for layer in layers),
         "plot": plot.render(),
         "layers": Table("Residual by layer", head, rows, ()),
         "outcome": Table(
@@ -381,7 +384,8 @@ def frontier(data: BuildData) -> dict[str, Any]:
         for p in sorted(points, key=lambda p: (p.bytes, p.kl))
     ]  # fmt: skip
     head = ("configuration", "series", "bytes", "KL", "95 % interval")
-    return {"plot": plot, "legend": front.legend(points), "points": Table("All points", head, rows, (0, 1))}
+    here = any(point.here for point in points)
+    return {"plot": plot, "legend": front.legend(points), "here": here, "points": Table("All points", head, rows, (0, 1))}
 
 
 def provenance(data: BuildData) -> dict[str, Any]:
@@ -391,7 +395,8 @@ def provenance(data: BuildData) -> dict[str, Any]:
     seed = (recipe.get("calibration") or {}).get("seed") if isinstance(recipe, dict) else None
 
     def text(key: str) -> str:
-        found = manifest.get(key) or {}
+        if not (found := manifest.get(key)):
+            return ""
         amount = f", {found['sequences']:,} sequences" if "sequences" in found else ""
         return f"{found.get('source') or 'not named'}: {found.get('tokens', 0):,} tokens{amount}"
 
