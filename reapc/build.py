@@ -458,8 +458,7 @@ class Build:
             "versions": {**_versions(), "llama.cpp": _llamacpp_version()},
         }
         plans = {"from_prior": self.first_plan, "from_scores": plan}
-        words = token_text(inputs.checkpoint.folder)
         return write_result(
             out, result, plans, inputs.recipe, scores, reference, inputs.held_out, facts,
-            lambda: self.detail.to_json(words), self.progress.log,
+            lambda: self.detail.to_json(token_text(inputs.checkpoint.folder)), self.progress.log,
         )  # fmt: skip

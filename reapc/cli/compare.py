@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from reapc.errors import ReapcError
+
 if TYPE_CHECKING:
     from reapc.report.data import BuildData
 
@@ -69,7 +71,13 @@ def _measured(a: Path, b: Path, tokens: Path, as_json: bool) -> None:
 def _builds(a: BuildData, b: BuildData, html: Path | None, as_json: bool) -> None:
     from reapc.report.comparison import compare_builds
 
-    found = compare_builds(a, b)
+    try:
+        found = compare_builds(a, b)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ReapcError(
+            f"{a.folder} or {b.folder}: its manifest is not as this version writes it ({type(error).__name__}: {error})",
+            hint="build again with this reapc, or measure both with --tokens",
+        ) from error
     if html is not None:
         from reapc.checkpoint.atomic import write_text
         from reapc.report.comparison_page import comparison_page
@@ -110,18 +118,21 @@ def _show(found: dict[str, Any]) -> None:
     for name in dict.fromkeys([*devices[0], *devices[1]]):
         rows.append((f"free on {name}", [format_bytes(d[name]["free_bytes"]) if name in d else None for d in devices]))
     for name, pair in found["stage_seconds"].items():
-        rows.append((f"{name}, time", ["reused or none" if value is None else words.seconds(value) for value in pair]))
+        rows.append((f"{name}, time", [words.seconds(value) for value in pair]))
     rows.append(("all, time", [words.seconds(side["seconds"]) for side in sides]))
     for name, cells in rows:
         made.add_row(Text(name), *(Text(words.NONE if cell is None else str(cell)) for cell in cells))
     console.print(made)
-    head = ("domain", "KL of A", "KL of B", "B - A, 95 % interval", "top-1 A", "top-1 B", "perplexity A", "B")
+    head = ("domain", "KL of A", "KL of B", "B - A", "95 % interval", "top-1 A / B", "perplexity A / B")
     lost = tables.table("Lost against the original, on held-out text", head, head[1:])
     for name, row in found["fidelity"].items():
         figures = [row[side] or {} for side in "ab"]
+        change = row.get("difference")
         lost.add_row(
-            Text(name), *(words.kl(f.get("kl")) for f in figures), _difference(row.get("difference")),
-            *(words.percent(f.get("top1")) for f in figures), *(words.perplexity(f.get("perplexity_b")) for f in figures),
+            Text(name), *(words.kl(f.get("kl")) for f in figures), f"{change['kl']:+.4f}" if change else words.NONE,
+            words.signed(change["interval"] if change else None),
+            " / ".join(words.percent(f.get("top1")) for f in figures),
+            " / ".join(words.perplexity(f.get("perplexity_b")) for f in figures),
         )  # fmt: skip
     console.print(lost)
     if found["not_comparable"]:
@@ -149,11 +160,3 @@ def _healed(healing: dict[str, Any] | None) -> str:
         return "no"
     change = f"KL {healing['before']['kl']:.4f} -> {healing['after']['kl']:.4f} before quantization"
     return f"yes, {change}" if healing["healed"] else f"tried and not kept, {change}"
-
-
-def _difference(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "not comparable"
-    interval = found["interval"]
-    ends = "" if interval is None else f" [{interval[0]:+.4f}, {interval[1]:+.4f}]"
-    return f"{found['kl']:+.4f}{ends}"

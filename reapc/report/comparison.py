@@ -29,10 +29,10 @@ def compare_builds(a: BuildData, b: BuildData) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _seconds(build: BuildData, stage: str) -> float | None:
-    """Seconds of a stage; None where it was reused, or is none of this build's."""
+def _seconds(build: BuildData, stage: str) -> float | str | None:
+    """Seconds of a stage, or "reused"; None where it is none of this build's."""
     if stage in (build.manifest.get("reused") or ()):
-        return None
+        return "reused"
     found = (build.manifest.get("stage_seconds") or {}).get(stage)
     return None if found is None else float(found)
 

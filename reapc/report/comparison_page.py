@@ -37,7 +37,7 @@ def _tiles(found: Found) -> list[tuple[str, str, str]]:
     sides = found["a"], found["b"]
 
     def both(name: str, shown: Callable[[Any], str], values: list[Any], remark: str) -> tuple[str, str, str]:
-        return name, " | ".join(shown(value) for value in values), remark
+        return name, " | ".join(shown(value).replace(" ", "\u00a0") for value in values), remark
 
     files = [next((row["actual_bytes"] for row in side["fit"] if row.get("name") == "file"), None) for side in sides]
     whole = found["fidelity"].get("all", {})
@@ -109,7 +109,7 @@ def _loss(a: BuildData, b: BuildData, found: Found) -> Found:
             )  # fmt: skip
     differences = [
         [
-            name, f"{row['difference']['kl']:+.4f}", _signed(row["difference"]["interval"]),
+            name, f"{row['difference']['kl']:+.4f}", tables.signed(row["difference"]["interval"]),
             f"{100 * row['difference']['top1']:+.1f}", _verdict(row["difference"]["interval"]),
         ]
         for name, row in rows.items()
@@ -128,10 +128,6 @@ def _loss(a: BuildData, b: BuildData, found: Found) -> Found:
         "differences": Table("B against A, paired by sequence", second, differences, (0, 4)) if differences else None,
         "positions": position_plot(curves) if len(curves) == 2 else None,
     }  # fmt: skip
-
-
-def _signed(interval: list[float] | None) -> str:
-    return tables.NONE if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
 
 
 def _verdict(interval: list[float] | None) -> str:
@@ -197,10 +193,7 @@ def _provenance(found: Found) -> Found:
         ("held_out_digest", "Held-out digest"),
     )  # fmt: skip
     facts = [[title, *(str(side[key] or tables.NONE) for side in sides)] for key, title in names]
-    stages = [
-        [name, *("reused or none" if value is None else tables.seconds(value) for value in pair)]
-        for name, pair in found["stage_seconds"].items()
-    ]
+    stages = [[name, *map(tables.seconds, pair)] for name, pair in found["stage_seconds"].items()]
     stages.append(["all, with checks", *(tables.seconds(side["seconds"]) for side in sides)])
     return {
         "facts": Table("What they were made from", ("", "A", "B"), facts, (0, 1, 2)),

@@ -93,7 +93,13 @@ def build_page(data: BuildData, strict: bool = False) -> str:
         about = f"{data.model} for {data.plan.target}"
     except Missing:
         about = data.model
-    return render(f"{data.name}: reapc build", about, _tiles(data), parts)
+    try:
+        tiles = _tiles(data)
+    except Exception:  # a manifest that lies in its figures; the sections say what they can
+        if strict:
+            raise
+        tiles = []
+    return render(f"{data.name}: reapc build", about, tiles, parts)
 
 
 def _tiles(data: BuildData) -> list[tuple[str, str, str]]:

@@ -11,6 +11,7 @@ from reapc.report.tables import Table
 
 _SHADES = (0.05, 0.2, 0.5, 1.0)  # KL in nats from which a token's ground is darker
 _ROWS, _BEFORE = 10, 28
+_PART = "\ufffd"
 _SIGNS = re.compile(r" +|[\n\t\r]")
 
 
@@ -31,7 +32,7 @@ def _passage(item: dict[str, Any]) -> dict[str, Any]:
         "where": f"sequence {item['sequence']}, from token {item['position']} on",
         "kl": tables.kl(item["kl"]),
         "differ": f"{sum(differs)} of {len(tokens)}",
-        "before": item["before"],
+        "before": item["before"].replace(_PART, ""),
         "tokens": [_token(token, other) for token, other in zip(tokens, differs, strict=True)],
         "columns": [
             (name, [(_visible(token[key]), other) for token, other in zip(tokens, differs, strict=True)])
@@ -44,7 +45,7 @@ def _passage(item: dict[str, Any]) -> dict[str, Any]:
 def _token(token: dict[str, Any], differs: bool) -> dict[str, Any]:
     a, b = token["best_a"], token["best_b"]
     return {
-        "text": _plain(token),
+        "text": _running(token),
         "shade": sum(token["kl"] >= shade for shade in _SHADES),
         "differs": differs,
         "said": f"KL {token['kl']:.3f}; original: {_choice(a)}; result: {_choice(b)}",
@@ -59,7 +60,7 @@ def _most_different(item: dict[str, Any]) -> Table | None:
         return None
     rows = []
     for i in chosen:
-        before = item["before"] + "".join(_plain(token) for token in tokens[:i])
+        before = item["before"].replace(_PART, "") + "".join(_running(token) for token in tokens[:i])
         token = tokens[i]
         rows.append(
             [
@@ -71,8 +72,12 @@ def _most_different(item: dict[str, Any]) -> Table | None:
     return Table(f"The {len(rows)} positions with the largest KL", head, rows, (0, 1, 2, 3))
 
 
+def _running(token: dict[str, Any]) -> str:
+    """The text as it runs on: a part of a character is nothing yet, the token that ends it is the character."""
+    return _plain(token).replace(_PART, "")
+
+
 def _plain(token: dict[str, Any]) -> str:
-    """The text as it runs."""
     return f"⟨{token['id']}⟩" if token["text"] is None else str(token["text"])
 
 

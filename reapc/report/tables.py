@@ -43,5 +43,11 @@ def ends(interval: Sequence[float] | None) -> str:
     return NONE if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
 
 
-def seconds(value: float | None) -> str:
-    return NONE if value is None else format_seconds(value)
+def signed(interval: Sequence[float] | None) -> str:
+    """An interval of a difference of KLs."""
+    return NONE if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+
+
+def seconds(value: float | str | None) -> str:
+    """A time, or the word that stands for it."""
+    return NONE if value is None else value if isinstance(value, str) else format_seconds(value)

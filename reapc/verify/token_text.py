@@ -37,11 +37,10 @@ def _decoder(folder: Path) -> Callable[[list[int]], str] | None:
         return lambda ids: str(found.decode(ids, skip_special_tokens=False))
     except Exception:  # none, or one that this version cannot read: it raises plain Exceptions
         pass
-    from reapc.errors import ReapcError
     from reapc.observe.corpora.render import load_tokenizer
 
     try:
         found = load_tokenizer(folder, "held-out text")
-    except (ReapcError, ImportError):
+    except Exception:  # ReapcError where there is none; transformers raises anything at a damaged one
         return None
     return lambda ids: str(found.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
