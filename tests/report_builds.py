@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from conftest import make_project
+from safetensors.numpy import save_file
 
 from reapc.observe.accumulate import PARTS, ROUTING
 from reapc.observe.scores import Scores
@@ -15,6 +18,71 @@ from reapc.prune.criteria import choose
 from reapc.prune.stability import stability
 
 GIB = 1 << 30
+EVIL = "<script>alert('x')</script>&\"><img src=x onerror=alert(1)>"
+MODEL = "mo<script>alert(1)<_script>del"
+RECIPE = f"""
+[model]
+source = {json.dumps(MODEL)}
+
+[target]
+name = "rtx4090"
+description = {json.dumps(EVIL)}
+
+[serve]
+engine = "vllm"
+context = 512
+
+[prune]
+experts = 9
+
+[quantize]
+format = "fp8"
+
+[calibration]
+data = "tokens.safetensors"
+sequences = 48
+tokens = 64
+
+[verify]
+sequences = 24
+data = "held_out.safetensors"
+"""
+
+
+def make_texts(folder: Path) -> Path:
+    """A recipe, a model and texts in whose names and words there is markup."""
+    import torch
+    from tokenizers import Tokenizer
+
+    changes = {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 32, "initializer_range": 0.1}
+    make_project(folder, RECIPE, dtype=torch.bfloat16, **changes)
+    (folder / "model").rename(folder / MODEL)
+    tokenizer = Tokenizer.from_file(str(folder / MODEL / "tokenizer.json"))
+    words = np.array(tokenizer.encode(f"<p>{EVIL}</p> the größte 日本 file\n\tif x > 1 && y < 2:").ids)
+    for name, rows in (("tokens", 48), ("held_out", 24)):
+        ids = np.stack([np.resize(np.roll(words, 5 * row), 64) for row in range(rows)])
+        noise = np.random.default_rng(len(name)).integers(0, 2000, ids.shape)
+        ids = np.where(np.random.default_rng(1).random(ids.shape) < 0.2, noise, ids).astype(np.int32)
+        mask = np.ones(ids.shape, bool)
+        mask[::5, 50:] = False
+        arrays = {"input_ids": ids, "attention_mask": mask, "domain": (np.arange(rows) % 2).astype(np.int32)}
+        save_file(arrays, folder / f"{name}.safetensors", metadata={"domains": json.dumps([EVIL, "law"])})
+    return folder
+
+
+def two_builds(folder: Path) -> dict[str, Path]:
+    """``plain`` and ``healed``, built of the same model in ``folder`` (with tiny.toml) and measured on one text."""
+    from reapc.cli.main import main
+
+    project, found = make_texts(folder / "project"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        for name, options in (("plain", []), ("healed", ["--set", "prune.heal=true", "--set", "prune.experts=8"])):
+            found[name] = project / "out" / name
+            with pytest.raises(SystemExit) as ended:
+                main(["build", str(project / "tiny.toml"), "--out", str(found[name]), *options])
+            assert ended.value.code == 0
+    return found
 
 
 def large_scores(layers: int, experts: int, seed: int = 0) -> Scores:
@@ -78,8 +146,10 @@ def write_large(folder: Path, layers: int = 75, experts: int = 256, kept: int = 
         "healing": {
             "healed": True, "before": figures(0.31, 0.71), "after": figures(0.18, 0.79),
             "layers": [
-                {"layer": layer, "fit": [1.0, 0.4 + layer / 300], "choice": [1.0, 0.5 + layer / 200], "kept": layer != 9,
-                 "changed": kept}
+                {
+                    "layer": layer, "fit": [1.0, 0.4 + layer / 300], "choice": [1.0, 0.5 + layer / 200],
+                    "kept": layer != 9, "changed": kept,
+                }
                 for layer in scores.layers
             ],
         },

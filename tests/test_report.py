@@ -7,89 +7,21 @@ import re
 import shutil
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_project, run_main
-from report_builds import write_large
-from safetensors.numpy import save_file
+from conftest import run_main
+from report_builds import EVIL, write_large
 
 from reapc.report.data import BuildData
 from reapc.report.page import build_page
 from reapc.report.write import write_report
 
-EVIL = "<script>alert('x')</script>&\"><img src=x onerror=alert(1)>"
-RECIPE = f"""
-[model]
-source = {json.dumps("mo<script>alert(1)<_script>del")}
-
-[target]
-name = "rtx4090"
-description = {json.dumps(EVIL)}
-
-[serve]
-engine = "vllm"
-context = 512
-
-[prune]
-experts = 9
-
-[quantize]
-format = "fp8"
-
-[calibration]
-data = "tokens.safetensors"
-sequences = 48
-tokens = 64
-
-[verify]
-sequences = 24
-data = "held_out.safetensors"
-"""
 SECTIONS = [
     "decision", "memory", "loss", "passages", "experts", "healing", "stability", "frontier", "provenance",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe, a model and texts in whose names and words there is markup."""
-    import torch
-    from tokenizers import Tokenizer
-
-    folder = tmp_path_factory.mktemp("report-project")
-    changes = {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 32, "initializer_range": 0.1}
-    make_project(folder, RECIPE, dtype=torch.bfloat16, **changes)
-    (folder / "model").rename(folder / "mo<script>alert(1)<_script>del")
-    tokenizer = Tokenizer.from_file(str(folder / "mo<script>alert(1)<_script>del" / "tokenizer.json"))
-    words = np.array(tokenizer.encode(f"<p>{EVIL}</p> the größte 日本 file\n\tif x > 1 && y < 2:").ids)
-    for name, rows in (("tokens", 48), ("held_out", 24)):
-        ids = np.stack([np.resize(np.roll(words, 5 * row), 64) for row in range(rows)])
-        noise = np.random.default_rng(len(name)).integers(0, 2000, ids.shape)
-        ids = np.where(np.random.default_rng(1).random(ids.shape) < 0.2, noise, ids).astype(np.int32)
-        mask = np.ones(ids.shape, bool)
-        mask[::5, 50:] = False
-        arrays = {"input_ids": ids, "attention_mask": mask, "domain": (np.arange(rows) % 2).astype(np.int32)}
-        save_file(arrays, folder / f"{name}.safetensors", metadata={"domains": json.dumps([EVIL, "law"])})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def builds(project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """``plain`` and ``healed``, built of the same model and measured on the same text."""
-    from reapc.cli.main import main
-
-    cache = tmp_path_factory.mktemp("report-cache")
-    found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache))
-        for name, options in (("plain", []), ("healed", ["--set", "prune.heal=true", "--set", "prune.experts=8"])):
-            found[name] = project / "out" / name
-            with pytest.raises(SystemExit) as ended:
-                main(["build", str(project / "tiny.toml"), "--out", str(found[name]), *options])
-            assert ended.value.code == 0
-    return found
 
 
 @pytest.fixture
@@ -146,7 +78,18 @@ def check_safe(text: str) -> Page:
     """Nothing runs, nothing is fetched, every image has words."""
     page = Page(text)
     tags = {tag for tag, _ in page.elements}
-    assert not tags & {"script", "iframe", "object", "embed", "form", "base", "foreignobject", "use", "image", "animate"}
+    assert not tags & {
+        "script",
+        "iframe",
+        "object",
+        "embed",
+        "form",
+        "base",
+        "foreignobject",
+        "use",
+        "image",
+        "animate",
+    }
     for tag, attributes in page.elements:
         for name, value in attributes.items():
             assert not name.startswith("on"), f"<{tag} {name}>"
@@ -164,7 +107,7 @@ def check_safe(text: str) -> Page:
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False)), levels
+    assert all(b <= a + 1 for a, b in pairwise(levels)), levels
     policy = next(m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
     assert str(policy).startswith("default-src 'none'")
     return page
@@ -287,8 +230,8 @@ class TestWhatLacks:
         assert "cannot be read" in page.text or "could not be drawn" in page.text or "another version" in page.text
 
     @pytest.mark.parametrize("key", [
-        "fidelity", "fit", "kept", "stability", "healing", "model", "recipe", "versions", "stage_seconds", "reused", "files",
-        "held_out", "calibration", "seconds", "experts_kept", "format", "recipe_name", "date",
+        "fidelity", "fit", "kept", "stability", "healing", "model", "recipe", "versions", "stage_seconds", "reused",
+        "files", "held_out", "calibration", "seconds", "experts_kept", "format", "recipe_name", "date",
     ])  # fmt: skip
     @pytest.mark.parametrize("value", ["gone", None, [], "text", 7, {"a": {"b": "<script>"}}])
     def test_a_manifest_that_lacks_or_lies(self, copy: Path, key: str, value: object) -> None:
@@ -300,7 +243,7 @@ class TestWhatLacks:
         check_safe(build_page(BuildData.read(copy)))
 
     def test_a_build_succeeds_without_its_report(
-        self, project: Path, builds: dict[str, Path], tmp_path: Path, capsys, monkeypatch
+        self, builds: dict[str, Path], tmp_path: Path, capsys, monkeypatch
     ) -> None:
         def broken(*arguments: object) -> str:
             raise RuntimeError("no page today")
@@ -310,7 +253,7 @@ class TestWhatLacks:
         monkeypatch.setattr("reapc.verify.detail.Detail.to_json", broken)
         scores = builds["plain"] / "scores.safetensors"
         code, _, err = run_main(
-            capsys, "build", project / "tiny.toml", "--out", tmp_path / "out", "--scores", scores
+            capsys, "build", builds["plain"].parent.parent / "tiny.toml", "--out", tmp_path / "out", "--scores", scores
         )
         assert code == 0, err
         assert "report.html: left out, it could not be written (RuntimeError: no page today)" in err

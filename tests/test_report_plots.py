@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from typing import ClassVar
 from xml.etree import ElementTree
 
 import numpy as np
@@ -54,9 +55,9 @@ def kinds(pixels: np.ndarray) -> np.ndarray:
 
 
 class TestHeatMap:
-    values = {0: np.array([4.0, 1.0, 0.0, 2.0]), 2: np.array([10.0, 30.0, 20.0, 40.0])}
-    kept = {0: [0, 3], 2: [1, 2, 3]}
-    used = {0: np.array([True, True, False, True]), 2: np.ones(4, bool)}
+    values: ClassVar = {0: np.array([4.0, 1.0, 0.0, 2.0]), 2: np.array([10.0, 30.0, 20.0, 40.0])}
+    kept: ClassVar = {0: [0, 3], 2: [1, 2, 3]}
+    used: ClassVar = {0: np.array([True, True, False, True]), 2: np.ones(4, bool)}
 
     def test_by_number(self) -> None:
         found = heat_map(self.values, self.kept, self.used, "Scores", ranked=False)
@@ -89,7 +90,9 @@ class TestHeatMap:
         assert kinds(pixels_of(found.source)).tolist() == [[2, 2, 2]]
 
     def test_layers_of_unlike_counts(self) -> None:
-        found = heat_map({0: np.ones(2), 1: np.ones(4)}, {}, {0: np.ones(2, bool), 1: np.ones(4, bool)}, "S", ranked=False)
+        found = heat_map(
+            {0: np.ones(2), 1: np.ones(4)}, {}, {0: np.ones(2, bool), 1: np.ones(4, bool)}, "S", ranked=False
+        )
         assert kinds(pixels_of(found.source)).tolist() == [[0, 0, 2, 2], [0, 0, 0, 0]]
 
     def test_kept_and_pruned_are_told_apart_without_colour_vision(self) -> None:
@@ -148,7 +151,7 @@ def test_a_bar_s_parts_lie_one_after_another() -> None:
 
 
 class TestFrontier:
-    points = [
+    points: ClassVar = [
         Point(bytes=100 << 20, kl=0.5, label="a small", series="a"),
         Point(bytes=200 << 20, kl=0.1, low=0.08, high=0.12, label="a large", series="a", here=True),
         Point(bytes=150 << 20, kl=0.7, label="a bad", series="a"),

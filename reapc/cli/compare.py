@@ -75,7 +75,8 @@ def _builds(a: BuildData, b: BuildData, html: Path | None, as_json: bool) -> Non
         found = compare_builds(a, b)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ReapcError(
-            f"{a.folder} or {b.folder}: its manifest is not as this version writes it ({type(error).__name__}: {error})",
+            f"{a.folder} or {b.folder}: its manifest is not as this version writes it "
+            f"({type(error).__name__}: {error})",
             hint="build again with this reapc, or measure both with --tokens",
         ) from error
     if html is not None:
@@ -107,10 +108,14 @@ def _show(found: dict[str, Any]) -> None:
         ("folder", [side["folder"] for side in sides]),
         ("model", [plan.get("model") for plan in plans]),
         ("target", [plan.get("target") for plan in plans]),
-        ("experts", [f"{side['experts_kept']} of {plan.get('num_experts', '?')}" for side, plan in zip(sides, plans, strict=True)]),
+        ("experts", [
+            f"{side['experts_kept']} of {plan.get('num_experts', '?')}" for side, plan in zip(sides, plans, strict=True)
+        ]),
         ("criterion", [plan.get("criterion") for plan in plans]),
         ("format, engine", [f"{side['format']}, {side['engine']}" for side in sides]),
-        ("context", [f"{p.get('context')} x {p.get('concurrency')}, KV {p.get('kv_dtype')}" if p else None for p in plans]),
+        ("context", [
+            f"{p.get('context')} x {p.get('concurrency')}, KV {p.get('kv_dtype')}" if p else None for p in plans
+        ]),
         ("healed", [_healed(side["healing"]) for side in sides]),
         *((name, [words.size(fit.get(name)) for fit in fits]) for name in dict.fromkeys([*fits[0], *fits[1]])),
     ]  # fmt: skip

@@ -24,7 +24,7 @@ def compare_builds(a: BuildData, b: BuildData) -> dict[str, Any]:
         "kept": kept(a, b),
         "stage_seconds": {
             name: [_seconds(build, name) for build in (a, b)]
-            for name in dict.fromkeys([*(a.manifest.get("stage_seconds") or {}), *(b.manifest.get("stage_seconds") or {})])
+            for name in dict.fromkeys(name for build in (a, b) for name in build.manifest.get("stage_seconds") or {})
         },
     }  # fmt: skip
 
@@ -91,7 +91,10 @@ def fidelity(a: BuildData, b: BuildData, reason: str) -> dict[str, Any]:
     details = [_detail(build) for build in (a, b)]
     result: dict[str, Any] = {}
     for name in dict.fromkeys([*rows[0], *rows[1]]):
-        sides = [_figures(row[name], detail, name) if name in row else None for row, detail in zip(rows, details, strict=True)]
+        sides = [
+            _figures(row[name], detail, name) if name in row else None
+            for row, detail in zip(rows, details, strict=True)
+        ]
         entry: dict[str, Any] = dict(zip("ab", sides, strict=True))
         first, second = sides
         if not reason and first and second:

@@ -61,7 +61,9 @@ def _decision(a: BuildData, b: BuildData) -> Found:
     cells = [[name, *((row or {}).get(name, tables.NONE) for row in rows)] for name in names]
     return {
         "made": Table("What was chosen", ("", "A", "B"), cells, (0, 1, 2)),
-        "reasons": [(name, list(build.plan.reasons)) for name, build, row in zip("AB", (a, b), rows, strict=True) if row],
+        "reasons": [
+            (name, list(build.plan.reasons)) for name, build, row in zip("AB", (a, b), rows, strict=True) if row
+        ],
     }  # fmt: skip
 
 
@@ -78,7 +80,7 @@ def _memory(a: BuildData, b: BuildData) -> Found:
         raise Missing("Neither build's plan.json can be read.")
     named = [{str(row["name"]): row for row in build.manifest.get("fit") or []} for build in (a, b)]
     cells = [
-        [name, *(tables.size(fit.get(name, {}).get(key)) for fit in named for key in ("predicted_bytes", "actual_bytes"))]
+        [name, *(tables.size(fit.get(name, {}).get(f"{kind}_bytes")) for fit in named for kind in ("predicted", "actual"))]
         for name in dict.fromkeys([*named[0], *named[1]])
     ]  # fmt: skip
     legend = dict(item for _, found in sides if found for item in found["legend"])
@@ -91,7 +93,9 @@ def _loss(a: BuildData, b: BuildData, found: Found) -> Found:
     if not rows:
         raise Missing("Neither build's manifest says what was lost.")
     sides = [row[side] for row in rows.values() for side in "ab" if row.get(side)]
-    whole = 1.02 * max([side["kl"] for side in sides] + [side["interval"][1] for side in sides if side["interval"]] + [1e-9])
+    whole = 1.02 * max(
+        [side["kl"] for side in sides] + [side["interval"][1] for side in sides if side["interval"]] + [1e-9]
+    )
     cells = []
     for name, row in rows.items():
         for number, side in enumerate("ab"):
@@ -149,7 +153,9 @@ def _experts(found: Found) -> Found:
         x_label="layer", y_label="experts", x_marks=[],
     )  # fmt: skip
     for place, (layer, row) in enumerate(layers.items()):
-        said = f"layer {layer}: A keeps {row['a']}, B {row['b']}, {row['common']} the same, {row['chance']:.1f} by chance"
+        said = (
+            f"layer {layer}: A keeps {row['a']}, B {row['b']}, {row['common']} the same, {row['chance']:.1f} by chance"
+        )
         plot.column(place + 0.1, place + 0.9, max(row["a"], row["b"]), 4, said)
         plot.column(place + 0.1, place + 0.9, row["common"], 0, said)
         plot.line([(place + 0.1, row["chance"]), (place + 0.9, row["chance"])], 3)

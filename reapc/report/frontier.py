@@ -104,4 +104,3 @@ def _unit(most: float) -> tuple[str, float]:
         if most >= 2**power:
             return name, float(2**power)
     return "bytes", 1.0
-

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from markupsafe import Markup
 
 from reapc.report import png
 
@@ -96,8 +95,9 @@ def _spread(names: Sequence[str], most: int) -> list[tuple[float, str]]:
 
 def _cut(ends: Sequence[int], experts: int) -> str:
     """An SVG path down the rows at the right edge of what stays, in a drawing of 100 x 100."""
-    path, height = [], 100 / len(ends)
+    path: list[str] = []
+    height = 100 / len(ends)
     for row, end in enumerate(ends):
         x = 100 * end / experts
         path.append(f"{'M' if not path else 'L'}{x:.3f} {row * height:.3f}L{x:.3f} {(row + 1) * height:.3f}")
-    return Markup("").join(path)
+    return "".join(path)

@@ -64,7 +64,8 @@ def _most_different(item: dict[str, Any]) -> Table | None:
         token = tokens[i]
         rows.append(
             [
-                "…" + _marks(before[-_BEFORE:]), f"{_visible(token)} ({_percent(token['next_a'])} → {_percent(token['next_b'])})",
+                "…" + _marks(before[-_BEFORE:]),
+                f"{_visible(token)} ({_percent(token['next_a'])} → {_percent(token['next_b'])})",
                 _choice(token["best_a"]), _choice(token["best_b"]), f"{token['kl']:.3f}",
             ]
         )  # fmt: skip

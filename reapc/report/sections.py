@@ -116,8 +116,12 @@ def memory(data: BuildData) -> dict[str, Any]:
         free = f", {format_bytes(d.free_bytes)} free" if d.given else ""
         parts = [(float(amount), f"fill {css}") for amount, (_, css) in zip(amounts, PARTS, strict=True)]
         whole = max(d.capacity_bytes, d.used_bytes, 1)
-        bars.append({"name": names_of(group), "said": said + free, "bar": bar(f"{names_of(group)}: {said}{free}", parts, whole)})
-        rows.append([names_of(group), *map(tables.size, amounts), capacity, format_bytes(d.free_bytes) if d.given else "-"])
+        bars.append(
+            {"name": names_of(group), "said": said + free, "bar": bar(f"{names_of(group)}: {said}{free}", parts, whole)}
+        )
+        rows.append(
+            [names_of(group), *map(tables.size, amounts), capacity, format_bytes(d.free_bytes) if d.given else "-"]
+        )
     present = [i for i in range(len(PARTS)) if any(row[1 + i] != tables.size(0) for row in rows)]
     head = ["device", *(PARTS[i][0] for i in present), "capacity", "free"]
     table = Table("Predicted bytes per device", head, [[r[0], *(r[1 + i] for i in present), *r[-2:]] for r in rows])
@@ -131,13 +135,12 @@ def memory(data: BuildData) -> dict[str, Any]:
         ]
         for row in fit
     ]  # fmt: skip
+    proof_head = ("bytes", "predicted", "real", "difference", "measured by")
     return {
         "bars": bars,
         "legend": [PARTS[i] for i in present],
         "parts": table,
-        "proof": Table("Predicted and real bytes", ("bytes", "predicted", "real", "difference", "measured by"), proof, (0, 4))
-        if proof
-        else None,
+        "proof": Table("Predicted and real bytes", proof_head, proof, (0, 4)) if proof else None,
     }  # fmt: skip
 
 
@@ -219,7 +222,14 @@ def healing(data: BuildData) -> dict[str, Any]:
         ]
         for layer in layers
     ]  # fmt: skip
-    head = ("layer", "lacking, mean square", "removed, fitted tokens", "removed, other tokens", "kept", "experts changed")
+    head = (
+        "layer",
+        "lacking, mean square",
+        "removed, fitted tokens",
+        "removed, other tokens",
+        "kept",
+        "experts changed",
+    )
     before, after = found["before"], found["after"]
     return {
         "healed": bool(found["healed"]),
@@ -229,7 +239,10 @@ def healing(data: BuildData) -> dict[str, Any]:
         "outcome": Table(
             f"The pruned model, before quantization, on {after['tokens']:,} tokens that nothing was fitted to",
             ("", "KL", "top-1"),
-            [[name, tables.kl(f["kl"]), tables.percent(f["top1"])] for name, f in (("pruned", before), ("healed", after))],
+            [
+                [name, tables.kl(f["kl"]), tables.percent(f["top1"])]
+                for name, f in (("pruned", before), ("healed", after))
+            ],
         ),
     }
 
@@ -248,9 +261,7 @@ def loss(data: BuildData) -> dict[str, Any]:
     except Missing as error:
         detail, why = None, str(error)
     rows = {"all": found, **found.get("domains", {})}
-    intervals = {name: None for name in rows}
-    if detail:
-        intervals = {name: mean_interval(*sums_of(detail, name, "kl")) for name in rows}
+    intervals = {name: mean_interval(*sums_of(detail, name, "kl")) if detail else None for name in rows}
     whole = 1.02 * max([row["kl"] for row in rows.values()] + [i.high for i in intervals.values() if i] + [1e-9])
     lines = []
     for name, row in rows.items():
@@ -325,7 +336,7 @@ def stability(data: BuildData) -> dict[str, Any]:
 
     stored = data.get("stability", "how stable the choice is")
     found = Stability(**stored)
-    plot = None
+    drawn = None
     if found.curve:
         plot = Plot.of(
             "Share of the dropped experts that a part of the data already names",
@@ -336,12 +347,12 @@ def stability(data: BuildData) -> dict[str, Any]:
         for sequences, tokens, share in found.curve:
             plot.mark(tokens, 100 * share, f"{sequences:,} sequences, {tokens:,} tokens: {100 * share:.0f} %")
         plot.level(100 * found.chance, "by chance")
-        plot = plot.render()
+        drawn = plot.render()
     rows = [[a, b, f"{100 * share:.0f} %"] for a, b, share in sorted(found.domains, key=lambda pair: pair[2])]
     head = ("domain", "and domain", "dropped experts in common")
     return {
         "lines": [line[0].upper() + line[1:] + "." for line in _stability_lines(found)],
-        "plot": plot,
+        "plot": drawn,
         "domains": Table("Domains by themselves", head, rows, (0, 1)) if rows else None,
     }
 
@@ -385,7 +396,12 @@ def frontier(data: BuildData) -> dict[str, Any]:
     ]  # fmt: skip
     head = ("configuration", "series", "bytes", "KL", "95 % interval")
     here = any(point.here for point in points)
-    return {"plot": plot, "legend": front.legend(points), "here": here, "points": Table("All points", head, rows, (0, 1))}
+    return {
+        "plot": plot,
+        "legend": front.legend(points),
+        "here": here,
+        "points": Table("All points", head, rows, (0, 1)),
+    }
 
 
 def provenance(data: BuildData) -> dict[str, Any]:

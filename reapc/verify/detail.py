@@ -83,7 +83,8 @@ class Detail:
 
     def _positions(self) -> list[dict[str, Any]]:
         """KL and top-1 by how many tokens the models had read: 1, 2, 3-4, 5-8, and so on."""
-        mask, found, start = self.tokens.mask, [], 0
+        mask, start = self.tokens.mask, 0
+        found: list[dict[str, Any]] = []
         while start < self.tokens.length:
             end = min(self.tokens.length, max(1, 2 * start))
             real = mask[:, start:end]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,10 @@ def token_text(folder: Path) -> Callable[[Sequence[int], int], str | None]:
             head, whole = decode(near), decode([*near, token])
         except Exception:  # whatever a tokenizer raises at an id that it does not have
             return None
-        return whole[len(os.path.commonprefix([head, whole])) :]
+        same = next(
+            (i for i, (x, y) in enumerate(zip(head, whole, strict=False)) if x != y), min(len(head), len(whole))
+        )
+        return whole[same:]
 
     return text
 
