@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from reapc.report.data import BuildData, Missing
-from reapc.report.sections import sums_of
+from reapc.report.loss import sums_of
 
 NOT_TOLD = "one of the builds does not tell"
 

@@ -8,8 +8,9 @@ from typing import Any
 from reapc.report import tables
 from reapc.report.comparison import compare_builds
 from reapc.report.data import BuildData, Missing
+from reapc.report.loss import position_plot
 from reapc.report.page import Section, render, section
-from reapc.report.sections import decision_rows, memory, position_plot
+from reapc.report.sections import decision_rows, memory
 from reapc.report.svg import Plot, interval_bar
 from reapc.report.tables import Table
 from reapc.units import format_bytes
@@ -78,9 +79,10 @@ def _memory(a: BuildData, b: BuildData) -> Found:
     sides = [(name, _or_none(lambda build=build: memory(build))) for name, build in (("A", a), ("B", b))]  # type: ignore[misc]
     if not any(found for _, found in sides):
         raise Missing("Neither build's plan.json can be read.")
+    keys = ("predicted_bytes", "actual_bytes")
     named = [{str(row["name"]): row for row in build.manifest.get("fit") or []} for build in (a, b)]
     cells = [
-        [name, *(tables.size(fit.get(name, {}).get(f"{kind}_bytes")) for fit in named for kind in ("predicted", "actual"))]
+        [name, *(tables.size(fit.get(name, {}).get(key)) for fit in named for key in keys)]
         for name in dict.fromkeys([*named[0], *named[1]])
     ]  # fmt: skip
     legend = dict(item for _, found in sides if found for item in found["legend"])
