@@ -9,6 +9,7 @@ import numpy as np
 from reapc.report.data import BuildData, Missing
 from reapc.report.loss import sums_of
 
+_FIT = ("name", "predicted_bytes", "actual_bytes", "source")
 NOT_TOLD = "one of the builds does not tell"
 
 
@@ -58,7 +59,7 @@ def _build(data: BuildData) -> dict[str, Any]:
         "format": manifest.get("format"),
         "engine": manifest.get("engine"),
         "plan": chosen,
-        "fit": manifest.get("fit") or [],
+        "fit": [{key: row[key] for key in _FIT} for row in manifest.get("fit") or []],
         "healing": healing and {key: healing.get(key) for key in ("healed", "before", "after")},
         "seconds": manifest.get("seconds"),
     }
