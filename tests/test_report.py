@@ -285,6 +285,32 @@ class TestLarge:
         assert "a capacity that nobody stated" in page.by_section["memory"]
         assert "fp8, w4a16" in page.by_section["decision"]
 
+    def test_a_measured_choice_of_the_criterion(self, tmp_path: Path) -> None:
+        folder = write_large(tmp_path / "big", layers=2, experts=16, kept=12)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["choice"] = {
+            "winner": "greedy", "why": f"KL smaller than reap's {EVIL}",
+            "candidates": {
+                "reap": {"layer_error": 0.2, "kl": 0.1234, "top1": 0.8},
+                "greedy": {
+                    "layer_error": 0.1, "kl": 0.0567, "top1": 0.9,
+                    "kl_less_reap": {"mean": -0.0667, "interval": [-0.08, -0.05]},
+                },
+                "ean": {"layer_error": 0.3, "same_as": "reap"},
+            },
+            "left_out": {"frequency": EVIL}, "protected": {"3": {"7": 12.5}},
+        }  # fmt: skip
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        plans = json.loads((folder / "plan.json").read_text())
+        plans["from_scores"]["criterion"] = "greedy"
+        (folder / "plan.json").write_text(json.dumps(plans))
+        write_report(folder, strict=True)
+        page = check_safe((folder / "report.html").read_text())
+        words = ("0.1234", "0.0567", "-0.0667", "-0.0800 to -0.0500", "the same experts as reap", EVIL, "layer 3: 7")
+        for shown in words:
+            assert shown in page.by_section["decision"]
+        assert "chosen by greedy" in page.by_section["experts"]
+
     def test_a_sweep_s_frontier_is_embedded(self, tmp_path: Path) -> None:
         from reapc.report.frontier import Point, write_points
 

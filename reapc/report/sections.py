@@ -48,6 +48,33 @@ def decision(data: BuildData) -> dict[str, Any]:
         "measured": None if measured is None else tables.kl(measured),
         "runners_up": _candidates(plan.runners_up, plan) if plan.runners_up else None,
         "refused": _refused(plan) if plan.refused else None,
+        "choice": _choice(data.manifest.get("choice")),
+    }
+
+
+def _choice(choice: Any) -> dict[str, Any] | None:
+    """How the criterion was chosen, where it was measured: the winner's reason, and the losers' figures."""
+    if not isinstance(choice, dict) or "winner" not in choice:
+        return None
+    rows = []
+    for name, own in (choice.get("candidates") or {}).items():
+        against = own.get("kl_less_reap") or {}
+        interval = against.get("interval")
+        rows.append(
+            [
+                name, tables.percent(own.get("layer_error")), tables.kl(own.get("kl")), tables.percent(own.get("top1")),
+                tables.NONE if not against else f"{against['mean']:+.4f}", tables.signed(interval),
+                f"the same experts as {own['same_as']}" if own.get("same_as") else "",
+            ]
+        )  # fmt: skip
+    head = ("criterion", "lost of a layer's output", "KL", "top-1", "KL less reap's", "95 % interval", "")
+    protected = {layer: list(experts) for layer, experts in (choice.get("protected") or {}).items() if experts}
+    return {
+        "winner": str(choice["winner"]),
+        "why": str(choice.get("why", "")),
+        "table": Table("Criteria, measured on calibration text", head, rows, (0, 6)) if rows else None,
+        "left_out": [f"{name}: {why}" for name, why in (choice.get("left_out") or {}).items()],
+        "protected": "; ".join(f"layer {layer}: {', '.join(map(str, found))}" for layer, found in protected.items()),
     }
 
 
@@ -152,9 +179,8 @@ def experts(data: BuildData) -> dict[str, Any]:
     sums = {layer: scores.layer(layer) for layer in scores.layers}
     if not sums:
         raise Missing("No layer with experts was observed.")
-    criterion = data.plan.criterion
-    if criterion not in CRITERIA:
-        raise Missing(f"The criterion {criterion!r} is not one that this version can read off the scores.")
+    chosen_by = data.plan.criterion
+    criterion = chosen_by if chosen_by in CRITERIA else "reap"  # what gives no value to each expert is drawn by reap
     worth = {layer: found[CRITERIA[criterion]] for layer, found in sums.items()}
     routed = {layer: found["routed_tokens"] for layer, found in sums.items()}
     used = {layer: counts > 0 for layer, counts in routed.items()}
@@ -181,6 +207,7 @@ def experts(data: BuildData) -> dict[str, Any]:
     mean = np.mean(lost, axis=0)
     return {
         "criterion": criterion,
+        "chosen_by": chosen_by,
         "ranked": heat_map(worth, kept, used, name, ranked=True),
         "placed": heat_map(worth, kept, used, name, ranked=False),
         "routed": heat_map(routed, kept, used, "Routed tokens", ranked=False),
