@@ -136,7 +136,7 @@ def _show(found: dict[str, Any]) -> None:
         lost.add_row(
             Text(name), *(words.kl(f.get("kl")) for f in figures), f"{change['kl']:+.4f}" if change else words.NONE,
             words.signed(change["interval"] if change else None),
-            " / ".join(words.percent(f.get("top1")) for f in figures),
+            " / ".join(words.percent(f.get("top1")).removesuffix(" %") for f in figures) + " %",
             " / ".join(words.perplexity(f.get("perplexity_b")) for f in figures),
         )  # fmt: skip
     console.print(lost)

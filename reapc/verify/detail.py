@@ -112,7 +112,7 @@ class Detail:
         counts = mask.sum(axis=1)
         kl = np.where(mask, self._values["kl"], 0).astype(np.float64)
         means = kl.sum(axis=1) / np.maximum(counts, 1)
-        found = []
+        found: list[tuple[str, int, int]] = []
         for number, _ in enumerate(self.tokens.domains):
             rows = np.flatnonzero((self.tokens.domain == number) & (counts > 1))
             if len(rows) and len(found) < PASSAGES:
