@@ -167,3 +167,18 @@ def test_what_markup_there_is_in_names_does_not_run(browser: chromium.Browser, p
         assert any("Content Security Policy" in line for line in browser.complaints)
     finally:
         spoilt.unlink()
+
+
+def test_the_checks_see_what_is_wrong(browser: chromium.Browser, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.html"
+    bad.write_text(
+        '<!doctype html><meta name="viewport" content="width=device-width, initial-scale=1"><body>'
+        '<div style="width:600px">wide</div><p style="color:#999">pale</p><img src="missing.png">'
+        "<svg><text y=20 style='fill:#eee'>faint</text></svg><script>console.error('no')</script>"
+    )
+    browser.open(bad, PHONE)
+    assert browser.value("document.documentElement.scrollWidth") >= 600
+    assert browser.value(WIDE)[0].startswith("DIV")
+    assert [line.split(":")[0] for line in browser.value(CONTRAST)["found"]] == ["pale", "faint"]
+    assert any("missing.png" in url for url in browser.requests)
+    assert any("no" in line for line in browser.complaints)
