@@ -38,9 +38,11 @@ from reapc.requirements import Requirements
 from reapc.stages import StageCache, cache_root, digest_of
 from reapc.stream.families import check_family, check_state
 from reapc.stream.tokens import Tokens
+from reapc.verify.detail import Detail
 from reapc.verify.fidelity import Fidelity, check_limits, log_probs, measure
 from reapc.verify.fit import FitRow, check_fit
 from reapc.verify.quantized import check_quantized
+from reapc.verify.token_text import token_text
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ def _versions() -> dict[str, str]:
     return {"reapc": __version__, **{name: importlib.metadata.version(name) for name in names}}
 
 
+def _described(tokens: Tokens) -> dict[str, Any]:
+    """What the manifest says of a text."""
+    return {"source": tokens.source, "tokens": tokens.count, "sequences": tokens.sequences, "digest": tokens.digest}
+
+
 def _build_key(inputs: _Inputs, tools: dict[str, str]) -> str:
     """Identity of the result: everything that its bytes depend on. ``tools``: versions of the quantizer's packages."""
     recipe = inputs.recipe.model_dump(mode="json", exclude={"name", "base", "output", "model"})
@@ -109,9 +116,12 @@ class Build:
     """One build of one recipe."""
 
     def __init__(
-        self, recipe: Recipe, progress: Progress, scores: Path | None = None, cache: StageCache | None = None
-    ) -> None:
+        self, recipe: Recipe, progress: Progress, scores: Path | None = None, cache: StageCache | None = None,
+        command: str = "",
+    ) -> None:  # fmt: skip
+        """``command``: what the user typed, for the manifest. ``cache``: by default that of all builds."""
         self.recipe = recipe
+        self.command = command
         self.progress = progress
         self.start = time.monotonic()
         self.stability: dict[str, Any] = {}
@@ -137,6 +147,7 @@ class Build:
         self.passes = Passes(
             checkpoint, calibration, self.cache, progress, recipe.calibration.seed, recipe.quantize.pre_tokenizer
         )
+        self.detail = Detail(held_out)
 
     @property
     def key(self) -> str:
@@ -266,7 +277,7 @@ class Build:
         scratch = self.cache.root / f"verify-{os.getpid()}.work"
         try:
             results = log_probs(result, held_out, scratch, self.progress)
-            return measure(held_out, read_reference(reference), results)
+            return measure(held_out, read_reference(reference), results, self.detail)
         finally:
             remove(scratch)
 
@@ -284,11 +295,12 @@ class Build:
         inputs = self.inputs
         facts = {
             "key": self.key,
+            "command": self.command,
             "recipe_name": inputs.recipe.name,
             "recipe": inputs.recipe.model_dump(mode="json"),
             "model": {"source": inputs.recipe.model.source, "digest": inputs.checkpoint.digest},
-            "calibration": {"source": inputs.calibration.source, "tokens": inputs.calibration.count},
-            "held_out": {"source": inputs.held_out.source, "tokens": inputs.held_out.count},
+            "calibration": _described(inputs.calibration),
+            "held_out": _described(inputs.held_out),
             "experts_kept": plan.chosen.experts_kept,
             "kept": {str(layer): experts for layer, experts in kept.items()},
             "never_routed": {str(layer): experts for layer, experts in scores.never_routed().items()},
@@ -308,4 +320,7 @@ class Build:
             "versions": {**_versions(), "llama.cpp": llamacpp_version()},
         }
         plans = {"from_prior": self.first_plan, "from_scores": plan}
-        return write_result(out, result, plans, inputs.recipe, scores, reference, inputs.held_out, facts)
+        return write_result(
+            out, result, plans, inputs.recipe, scores, reference, inputs.held_out, facts,
+            lambda: self.detail.to_json(token_text(inputs.checkpoint.folder)), self.progress.log,
+        )  # fmt: skip

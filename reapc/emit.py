@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from reapc.engines.artifact import read_artifact
 from reapc.output import place
 from reapc.plan import Plan
 from reapc.recipe import Recipe
+from reapc.report.data import FIDELITY, REPORT
 
 if TYPE_CHECKING:
     from reapc.observe.scores import Scores
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
 
 def write_result(
     out: Path, result: Path, plans: Mapping[str, Plan], recipe: Recipe, scores: Scores, reference: Path,
-    held_out: Tokens, facts: Mapping[str, Any],
+    held_out: Tokens, facts: Mapping[str, Any], detail: Callable[[], Mapping[str, Any]], log: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Writes ``out``, atomically, from ``result`` (a GGUF file or a folder), and returns its manifest: ``facts`` with
-    the artifact's name and the size of every file. The last of ``plans`` is the one that was carried out."""
+    the artifact's name and the size of every file. The last of ``plans`` is the one that was carried out. ``detail``
+    gives what fidelity.json holds; where it or the report fails, the result goes out without, and ``log`` says so."""
+    from reapc.report.write import write_report
     from reapc.stream.tokens import write_tokens
 
     if out.is_dir() and not any(out.iterdir()):
@@ -43,11 +47,24 @@ def write_result(
         write_tokens(partial / "held_out.safetensors", held_out)
         texts = {key: plan.to_json() for key, plan in plans.items()}
         (partial / "plan.json").write_text(json.dumps(texts, indent=2) + "\n")
+        with _left_out(FIDELITY, log):
+            (partial / FIDELITY).write_text(json.dumps(detail()) + "\n")
         write_scripts(partial, list(plans.values())[-1], name, recipe)
         files = {str(p.relative_to(partial)): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
         manifest = {**facts, "artifact": name, "files": files}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        with _left_out(REPORT, log):
+            manifest = write_report(partial, siblings=out.parent)
     return manifest
+
+
+@contextmanager
+def _left_out(name: str, log: Callable[[str], None]) -> Iterator[None]:
+    """Goes on where a file fails that the result can do without."""
+    try:
+        yield
+    except Exception as error:
+        log(f"{name}: left out, it could not be written ({type(error).__name__}: {error})")
 
 
 def write_scripts(folder: Path, plan: Plan, model: str, recipe: Recipe) -> None:

@@ -131,3 +131,11 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> str:
 def cache(tools: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("XDG_CACHE_HOME", tools)
     return tools
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two real builds with markup in every name, for the tests of reports: ``plain`` and ``healed``."""
+    from report_builds import two_builds
+
+    return two_builds(tmp_path_factory.mktemp("reports"))

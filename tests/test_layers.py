@@ -30,6 +30,7 @@ TOP = (
     "inspection",
     "output",
     "rehearse",
+    "report",
     "serving",
     "sweep",
 )
@@ -57,6 +58,7 @@ FORBIDDEN = {
         ),
         ("cli", "serving", "rehearse"),
     ),
+    "report": (*(part for part in TOP if part not in ("report", "stages")), "planner", "engines"),
     "rehearse": ("cli",),  # it drives planner, build and server as a user would
     "serving": (
         "planner",
@@ -139,7 +141,8 @@ def test_pure_parts_never_import_torch(part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["cli", "toolchain", "progress", "stages", "emit", "checkpoint", "inspection", "serving", "rehearse"]
+    "part",
+    ["cli", "toolchain", "progress", "stages", "emit", "checkpoint", "inspection", "serving", "rehearse", "report"],
 )
 def test_torch_is_imported_late(part: str) -> None:
     assert not offences(part, HEAVY, lazily=False)
@@ -164,7 +167,7 @@ def test_nothing_but_main_imports_cli() -> None:
 def test_light_parts_start_without_torch() -> None:
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for part in (*PURE, "checkpoint", "cli", "toolchain", "progress", "emit", "inspection", "serving")
+        for part in (*PURE, "checkpoint", "cli", "toolchain", "progress", "emit", "inspection", "serving", "report")
         for path in files_of(part)
     ]
     assert "reapc.planner.search" in modules

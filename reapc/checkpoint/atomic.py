@@ -68,7 +68,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small text file atomically."""
-    with atomic_path(path) as partial, partial.open("w") as file:
+    with atomic_path(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from reapc.choice.finalists import EndFigures
 from reapc.healing import TOP1_LOSS
+from reapc.verify.intervals import FEWEST, mean_interval
 
 # Where the figures do not tell candidates apart, the earlier one wins.
 BEST_KNOWN = ("reap", "frequency", "weighted_sum", "ean", "ean_sum", "greedy")
-_RESAMPLES = 4000
-_LEAST_SEQUENCES = 5
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,8 @@ class Decision:
 
 def difference(a: NDArray[np.float64], b: NDArray[np.float64], tokens: NDArray[np.float64]) -> Difference:
     """From sums of KL by sequence, (sequences,) each, and real tokens of each sequence."""
-    gap = a - b
-    rows = np.random.default_rng(0).integers(0, len(gap), (_RESAMPLES, len(gap)))
-    means = gap[rows].sum(axis=1) / tokens[rows].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float(gap.sum() / tokens.sum()), float(low), float(high))
+    kl = float((a - b).sum() / tokens.sum())
+    return Difference(kl, *(mean_interval(a - b, tokens) or (kl, kl)))
 
 
 def decide(figures: Mapping[str, EndFigures], tokens: NDArray[np.float64]) -> Decision:
@@ -63,7 +59,7 @@ def decide(figures: Mapping[str, EndFigures], tokens: NDArray[np.float64]) -> De
     short = [name for name in against if (reap.agree.sum() - figures[name].agree.sum()) / total > TOP1_LOSS]
     passed = f"; {', '.join(short)}: more than a point of top-1 below reap, passed over" if short else ""
     rest = sorted((name for name in against if name not in short), key=BEST_KNOWN.index)
-    if len(tokens) < _LEAST_SEQUENCES:
+    if len(tokens) < FEWEST:
         return Decision("reap", f"{len(tokens)} sequences are too few to tell: the best known criterion", against)
     smaller = [name for name in rest if against[name].kl < 0]
     if not smaller:

@@ -26,7 +26,10 @@ def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, scores: 
     from reapc.build import Build
     from reapc.cli.progress import make_progress
 
-    result = Build(loaded, make_progress(), scores).run(out or loaded.output_path)
+    typed = [str(recipe), *(part for change in overrides for part in ("--set", change))]
+    typed += [part for name, path in (("--out", out), ("--scores", scores)) if path for part in (name, str(path))]
+    command = shlex.join(["reapc", "build", *typed])
+    result = Build(loaded, make_progress(), scores, command=command).run(out or loaded.output_path)
     manifest = result.manifest
     if as_json:
         click.echo(json.dumps(_summary(result.output, manifest)))
@@ -87,4 +90,6 @@ def _show(output: Path, manifest: dict[str, Any]) -> None:
         )
     console.print(lost)
     click.echo(f"built in {format_seconds(manifest['seconds'])}: {output}")
+    if (output / "report.html").is_file():
+        click.echo(f"open the report:   {shlex.quote(str(output / 'report.html'))}")
     click.echo(f"start the server:  {shlex.quote(str(output / 'serve.sh'))}")

@@ -51,7 +51,7 @@ def command(
 ) -> None:  # fmt: skip
     """Build and measure MODEL (a folder or hub id, 16 bit) pruned and quantized in every way, at equal bytes.
 
-    Writes frontier.md, frontier.json and every point to the folder OUT; run again, it goes on where it was.
+    Writes frontier.md, frontier.html, sweep.json and every point to the folder OUT; run again, it goes on where it was.
     """
     from reapc.errors import ReapcError
 

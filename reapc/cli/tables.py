@@ -10,6 +10,7 @@ from rich.text import Text
 
 from reapc.plan import Candidate, DeviceBytes, Refusal
 from reapc.planner.explain import Line
+from reapc.report.devices import equal_devices, names_of
 from reapc.units import format_bytes
 
 WIDTH = 100
@@ -65,15 +66,11 @@ def device_bar(device: DeviceBytes) -> Text:
 
 def bars(devices: Sequence[DeviceBytes]) -> RenderableType:
     """A bar per device with memory that was stated; equal ones are drawn once."""
-    groups: dict[tuple[int, ...], list[DeviceBytes]] = {}
-    for device in devices:
-        if device.given:
-            key = (device.capacity_bytes, device.weights_bytes, device.kv_bytes, device.used_bytes)
-            groups.setdefault(key, []).append(device)
+    groups = equal_devices([device for device in devices if device.given])
     lines: list[RenderableType] = []
-    width = max((len(_names(group)) for group in groups.values()), default=0)
-    for group in groups.values():
-        line = Text(f"{_names(group):<{width}} ")
+    width = max((len(names_of(group)) for group in groups), default=0)
+    for group in groups:
+        line = Text(f"{names_of(group):<{width}} ")
         line.append_text(device_bar(group[0]))
         line.append(f" {format_bytes(group[0].free_bytes)} free of {format_bytes(group[0].capacity_bytes)}")
         lines.append(line)
@@ -85,16 +82,6 @@ def bars(devices: Sequence[DeviceBytes]) -> RenderableType:
         legend.append(f" {label}  ")
     legend.append("· free")
     return Group(*lines, legend)
-
-
-def _names(group: list[DeviceBytes]) -> str:
-    """ "RTX 3090 1 .. 6", or "RTX 3090 1, 3, 4" where they do not follow each other."""
-    first = group[0].name
-    if len(group) == 1:
-        return first
-    numbers = [device.name.rsplit(" ", 1)[-1] for device in group]
-    follow = all(n.isdigit() for n in numbers) and int(numbers[-1]) - int(numbers[0]) == len(numbers) - 1
-    return f"{first} .. {numbers[-1]}" if follow else ", ".join([first, *numbers[1:]])
 
 
 def experts(candidate: Candidate, total: int) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from reapc.stream.tokens import Tokens
 from reapc.sweep.grid import Budget, Mix
-from reapc.sweep.panel import halves, interval, kl_of, resampled
+from reapc.sweep.panel import halves, kl_interval, ratio_interval
 from reapc.sweep.run import Point, fits
 from reapc.units import format_bytes
 
@@ -21,34 +19,40 @@ ALL_EXPERTS = "all experts, quantized"
 @dataclass(frozen=True)
 class Row:
     """What one series reaches within a budget: the point that half of the panel picked, its figures on the other half,
-    ``low`` and ``high`` the 95 % interval of ``kl``."""
+    ``low`` and ``high`` the 95 % interval of ``kl`` (None with too few sequences)."""
 
     series: str
     point: str
     bytes: int
     kl: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     top1: float
+
+
+class Against(NamedTuple):
+    """Ours against the best of the others: the ``ratio`` of the KLs with its 95 % interval. Worse beyond doubt where
+    ``low`` is above 1."""
+
+    other: str
+    ratio: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """``rows`` by budget. ``against``: ours over the best of the others by budget: (name, ratio of the KLs, low, high);
-    worse beyond doubt where ``low`` is above 1."""
+    """``rows`` and ``against`` by budget."""
 
     budgets: list[Budget]
     rows: dict[str, list[Row]]
-    against: dict[str, tuple[str, float, float, float]]
+    against: dict[str, Against]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "budgets": [asdict(budget) for budget in self.budgets],
             "rows": {name: [asdict(row) for row in rows] for name, rows in self.rows.items()},
-            "against": {
-                name: dict(zip(("best_other", "ratio", "low", "high"), found, strict=True))
-                for name, found in self.against.items()
-            },
+            "against": {name: found._asdict() for name, found in self.against.items()},
         }
 
 
@@ -66,9 +70,8 @@ def frontier(
     reapc's own part, all experts quantized and plain REAP, is among the others too, and ours is the best of everything
     that reapc builds."""
     picking, reporting = halves(panel)
-    draws = resampled(reporting, panel.domain)
     rows: dict[str, list[Row]] = {}
-    against: dict[str, tuple[str, float, float, float]] = {}
+    against: dict[str, Against] = {}
     for budget in budgets:
         series: dict[str, list[str]] = {}
         for name, point in points.items():
@@ -86,16 +89,16 @@ def frontier(
         for title, name in picked.items():
             figures = points[name].figures
             kl, top1 = figures.mean(reporting)
-            low, high = interval(kl_of(figures, draws))
+            low, high = kl_interval(figures, reporting) or (None, None)
             found.append(Row(title, name, points[name].mix.bytes, kl, low, high, top1))
         rows[budget.name] = sorted(found, key=lambda row: row.kl)
         baselines = [row for row in found if row.series in (ALL_EXPERTS, "reap, quantized", *others)]
         if OURS in picked and baselines:
             best = min(baselines, key=lambda row: points[row.point].figures.mean(picking)[0])
             mine = points[picked[OURS]].figures
-            ratios = kl_of(mine, draws) / np.maximum(kl_of(points[best.point].figures, draws), 1e-12)
             ratio = mine.mean(reporting)[0] / max(best.kl, 1e-12)
-            against[budget.name] = (best.series, ratio, *interval(ratios))
+            ends = ratio_interval(mine, points[best.point].figures, reporting) or (None, None)
+            against[budget.name] = Against(best.series, ratio, *ends)
     return Frontier(list(budgets), rows, against)
 
 
@@ -108,10 +111,17 @@ def markdown(found: Frontier) -> str:
     for budget in found.budgets:
         for row in found.rows[budget.name]:
             lines.append(
-                f"| {budget.name} | {row.series} | {row.point} | {format_bytes(row.bytes)} | {row.kl:.4f} "
-                f"({row.low:.4f} to {row.high:.4f}) | {100 * row.top1:.1f} % |"
+                f"| {budget.name} | {row.series} | {row.point} | {format_bytes(row.bytes)} | {row.kl:.4f}"
+                f"{_ends(row.low, row.high, 4)} | {100 * row.top1:.1f} % |"
             )
     lines.append("")
-    for name, (other, ratio, low, high) in found.against.items():
-        lines.append(f"- {name}: ours has {ratio:.2f} x the KL of the best other ({other}), {low:.2f} to {high:.2f}")
+    for name, against in found.against.items():
+        lines.append(
+            f"- {name}: ours has {against.ratio:.2f}{_ends(against.low, against.high, 2)} x the KL of the best other, "
+            f"{against.other}"
+        )
     return "\n".join(lines) + "\n"
+
+
+def _ends(low: float | None, high: float | None, digits: int) -> str:
+    return "" if low is None or high is None else f" ({low:.{digits}f} to {high:.{digits}f})"

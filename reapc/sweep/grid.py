@@ -62,7 +62,13 @@ def parse_budgets(text: str, spec: ModelSpec) -> list[Budget]:
         if match := _BPW.match(part):
             found.append(Budget(f"{float(match[1]):g} bpw", math.floor(float(match[1]) * spec.parameters / 8)))
         else:
-            size = parse_bytes(part, zero=False)
+            try:
+                size = parse_bytes(part, zero=False)
+            except ValueError as error:
+                raise ReapcError(
+                    f"--budgets {part}: neither bits per weight nor a size: {error}",
+                    hint="for example 2.5,3.0bpw or 12GB",
+                ) from error
             found.append(Budget(format_bytes(size), size))
     return sorted(found, key=lambda budget: budget.bytes)
 

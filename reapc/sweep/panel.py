@@ -14,8 +14,7 @@ import numpy as np
 
 from reapc.stream.tokens import Tokens
 from reapc.verify.fidelity import measure
-
-RESAMPLES = 2000
+from reapc.verify.intervals import Interval, mean_interval
 
 
 @dataclass(frozen=True)
@@ -58,24 +57,11 @@ def halves(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(np.array(parts[0], np.int64)), np.sort(np.array(parts[1], np.int64))
 
 
-def resampled(rows: np.ndarray, domains: np.ndarray, seed: int = 0) -> np.ndarray:
-    """(RESAMPLES, sequences) draws of ``rows`` with replacement, within each domain; ``domains``: of all sequences."""
-    random = np.random.default_rng(seed)
-    drawn = []
-    for domain in np.unique(domains[rows]):
-        mine = rows[domains[rows] == domain]
-        drawn.append(mine[random.integers(0, len(mine), (RESAMPLES, len(mine)))])
-    return np.concatenate(drawn, axis=1)
+def kl_interval(figures: Sequences, rows: np.ndarray) -> Interval | None:
+    """The 95 % interval of the mean KL over the tokens of some sequences; None where they are too few to say."""
+    return mean_interval((figures.kl * figures.tokens)[rows], figures.tokens[rows])
 
 
-def kl_of(figures: Sequences, draws: np.ndarray) -> np.ndarray:
-    """(RESAMPLES,) mean KL over the tokens of each draw."""
-    weight = figures.tokens[draws]
-    found: np.ndarray = (figures.kl[draws] * weight).sum(axis=1) / weight.sum(axis=1)
-    return found
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of resampled values (percentile bootstrap)."""
-    low, high = np.percentile(values, (2.5, 97.5))
-    return float(low), float(high)
+def ratio_interval(figures: Sequences, other: Sequences, rows: np.ndarray) -> Interval | None:
+    """The same of one KL over another, on the same sequences."""
+    return mean_interval((figures.kl * figures.tokens)[rows], (other.kl * other.tokens)[rows])

@@ -10,12 +10,17 @@ from typing import Any
 from reapc import __version__
 from reapc.checkpoint.atomic import write_text
 from reapc.errors import ReapcError
+from reapc.formats import weights
+from reapc.formats.gguf_types import DEFAULT_TYPES
 from reapc.healing import split
 from reapc.passes import Passes, llamacpp_version
+from reapc.report.frontier import Point as DrawnPoint
+from reapc.report.frontier import write_points
+from reapc.report.frontier_page import frontier_page
 from reapc.stream.tokens import Tokens
-from reapc.sweep.frontier import Frontier, frontier, markdown
+from reapc.sweep.frontier import Frontier, frontier, markdown, series_of
 from reapc.sweep.grid import Budget, Mix, at_budget, at_ratios, parse_budgets
-from reapc.sweep.panel import halves
+from reapc.sweep.panel import halves, kl_interval
 from reapc.sweep.run import Point, Settings, Sweep, expanded
 
 Others = Sequence[tuple[str, Path]]
@@ -58,9 +63,31 @@ def _swept(
     )
     found = frontier(points, budgets, panel, experts, [name for name, _ in others])
     facts = _facts(passes, panel, settings, points)
-    write_text(out / "frontier.json", json.dumps({**found.to_json(), **facts}, indent=2) + "\n")
+    write_text(out / "sweep.json", json.dumps({**found.to_json(), **facts}, indent=2) + "\n")
     write_text(out / "frontier.md", markdown(found))
+    _draw(out, points, experts, facts)
     return found
+
+
+def _draw(out: Path, points: dict[str, Point], experts: int, facts: dict[str, Any]) -> None:
+    """frontier.json, which builds beside it draw themselves on, and a page; of the whole panel, nothing picked."""
+    drawn = []
+    for name, point in points.items():
+        everything = point.figures.tokens > 0
+        low, high = kl_interval(point.figures, everything) or (None, None)
+        ours = point.mix.format in DEFAULT_TYPES or weights.parse(point.mix.format) is not None
+        series = series_of(point.mix, experts) if ours else name
+        kl = max(0.0, point.figures.mean(everything)[0])
+        drawn.append(DrawnPoint(bytes=point.mix.bytes, kl=kl, label=name, low=low, high=high, series=series))
+    if not drawn:
+        return
+    write_points(out / "frontier.json", drawn)
+    said = {
+        "panel": f"{facts['panel']['tokens']:,} tokens of {facts['panel']['source']}",
+        "calibration": f"{facts['calibration']['tokens']:,} tokens of {facts['calibration']['source']}",
+        "llama.cpp": facts["versions"]["llama.cpp"],
+    }
+    write_text(out / "frontier.html", frontier_page(facts["model"]["folder"], drawn, said))
 
 
 def _facts(passes: Passes, panel: Tokens, settings: Settings, points: dict[str, Point]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from reapc.errors import CannotBeDone, ReapcError
 from reapc.progress import Progress
 from reapc.recipe import VerifySection
 from reapc.stream.tokens import Tokens
+from reapc.verify.detail import Detail
 
 
 @dataclass
@@ -57,13 +58,18 @@ class Fidelity:
         }
 
 
-def measure(tokens: Tokens, references: Iterable[Any], results: Iterable[np.ndarray]) -> Fidelity:
-    """Compares per-sequence references (``SequenceReference``) with (length, vocabulary) log-probabilities."""
+def measure(
+    tokens: Tokens, references: Iterable[Any], results: Iterable[np.ndarray], detail: Detail | None = None
+) -> Fidelity:
+    """Compares per-sequence references (``SequenceReference``) with (length, vocabulary) log-probabilities; ``detail``
+    takes down what each sequence shows."""
     total, by_domain = _Sums(), [_Sums() for _ in tokens.domains]
     for row, (reference, result) in enumerate(zip(references, results, strict=True)):
         mask, ids = tokens.mask[row], tokens.input_ids[row].astype(np.int64)
         following = mask[:-1] & mask[1:]
         kl = reference.kl_to(result)
+        if detail is not None:
+            detail.add(row, kl, reference, result)
         agree = reference.best == result.argmax(axis=1)
         loss_b = -np.take_along_axis(result[:-1], ids[1:, None], axis=1)[:, 0]
         for sums in (total, by_domain[int(tokens.domain[row])]):
