@@ -1,8 +1,8 @@
 """The joint allocation: an expert count, and a type for every group of tensors, with the least predicted damage.
 
 For one count this is a multiple-choice knapsack for every device. Its Lagrangian dual (one price of a byte per device)
-bounds from below what any choice can reach; it screens all counts at once. What is left is filled greedily, options that
-the bound excludes are dropped (reduced costs), and HiGHS solves the rest. Pure: numbers in, numbers out, deterministic.
+bounds from below what any choice can reach; it screens all counts at once. What is left is filled greedily, options
+that the bound excludes are dropped (reduced costs), and HiGHS solves the rest. Pure and deterministic.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def allocate(problem: Problem, runners_up: int = 3) -> Allocation:
     solved = _screened(problem.take(places))
     order = sorted(solved, key=lambda choice: (choice.lower_bound, choice.case))
     found: dict[int, Choice] = {choice.case: choice for choice in solved}
-    best = min(solved, key=_rank)
+    best: Choice = min(solved, key=_rank)
     for count, choice in enumerate(order):
         if choice.lower_bound >= best.damage or count >= _MAX_PROGRAMS:
             break
@@ -147,7 +147,7 @@ def _on_devices(problem: Problem, amounts: Any) -> Any:
     return np.stack([np.where(problem.device == d, amounts, 0).sum(axis=1) for d in range(devices)], axis=1)
 
 
-def _screened(problem: Problem) -> list[Choice]:
+def _screened(problem: Problem) -> list[_Priced]:
     """A feasible choice and a bound for every case that could win; cases that cannot keep what they had when they were
     dropped, filled no further. The case numbers are those of ``problem``."""
     cases, devices = problem.capacity.shape
@@ -245,9 +245,8 @@ def _filled(problem: Problem, case: int, options: Ints) -> Ints:
         options[group] = option
 
 
-def _exact(problem: Problem, choice: Choice) -> Choice:
+def _exact(problem: Problem, choice: _Priced) -> Choice:
     """The case's best choice, or a better bound: HiGHS on the options that the dual's bound does not exclude."""
-    assert isinstance(choice, _Priced)
     case, options, bounds = choice.case, choice.options.copy(), choice.bounds.copy()
     sizes, damage, device = problem.bytes[case], problem.damage[case], problem.device[case]
     proved = choice.proved_by

@@ -22,7 +22,7 @@ from reapc.planner.search import loss_method
 from reapc.planner.tensor_groups import FileParts, TensorGroup
 
 REFERENCE = "Q4_K"  # the type whose prior gives a sensitivity where none was measured
-_ROUTED = ("experts_gate_up", "experts_down")
+ROUTED = ("experts_gate_up", "experts_down")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _prior_shares(parts: FileParts, spec: ModelSpec) -> NDArray[np.float64]:
         [sum(prod(t.shape) * (spec.num_experts if t.experts else 1) for t in g.tensors) for g in parts.groups],
         np.float64,
     )
-    routed = np.array([group.part in _ROUTED for group in parts.groups])
+    routed = np.array([group.part in ROUTED for group in parts.groups])
     other = prior.default().other_share
     shares = np.empty_like(weights)
     for mask, part in ((routed, 1 - other), (~routed, other)):
@@ -94,7 +94,7 @@ def prior_sensitivity(parts: FileParts, spec: ModelSpec, errors: Mapping[str, Gr
     shares = _prior_shares(parts, spec)
     nats: dict[str, float] = {}
     for routed in (True, False):
-        mine = [(g, group) for g, group in enumerate(parts.groups) if (group.part in _ROUTED) is routed]
+        mine = [(g, group) for g, group in enumerate(parts.groups) if (group.part in ROUTED) is routed]
         cost = sum(shares[g] * _prior_loss(group, REFERENCE) for g, group in mine)
         error = sum(shares[g] * errors[group.name].relative(_measured_as(errors, group)) for g, group in mine)
         for g, group in mine:
@@ -121,7 +121,7 @@ def measured_damages(
     for c, count in enumerate(counts):
         chosen = kept(count)
         for g, group in enumerate(parts.groups):
-            experts = chosen.get(group.layer) if group.part in _ROUTED else None
+            experts = chosen.get(group.layer) if group.part in ROUTED else None
             for k, kind in enumerate(types):
                 if kind in group.types:
                     error = errors[group.name].relative(kind, experts)

@@ -1,7 +1,7 @@
 """What a GGUF file lets one choose: groups of tensors that share a type, the types, and their exact bytes.
 
-Rules of llama.cpp 0c1e57098: what llama-quantize never touches stays as the converter wrote it, a row that blocks do not
-divide gets the fallback type, and some types need an importance matrix, which embeddings and output have none of.
+Rules of llama.cpp 0c1e57098: what llama-quantize never touches stays as the converter wrote it, a row that blocks do
+not divide gets the fallback type, and some types need an importance matrix, which embeddings and output have none of.
 """
 
 from __future__ import annotations
