@@ -163,8 +163,8 @@ def decide(
 ) -> tuple[Allocation, Choice, list[Measurement]]:
     """The allocation of ``budget`` bytes of tensor data, the choice that is taken, and what was measured.
 
-    With a ``prober`` the best choice is measured, then the best one with clearly more or fewer experts; both correct
-    the two kinds of damage by a factor each, and if that changes the choice the new one is measured too. The one with
+    With a ``prober`` the best choice is measured, then the best one with all experts (where that is the first, or does
+    not fit: with clearly fewer or more); both correct the two kinds of damage by a factor each, and if that changes the choice the new one is measured too. The one with
     the least measured KL is taken; its predicted damage stays what it was before any correction."""
     problem = damages.problem(budget)
     first = allocate(problem)
@@ -176,7 +176,7 @@ def decide(
         options = tuple(int(option) for option in choice.options)
         if any(done.experts == choice.experts and done.options == options for done, _ in found):
             return
-            picked = problem.damage[choice.case, np.arange(len(options)), list(options)]
+        picked = problem.damage[choice.case, np.arange(len(options)), list(options)]
         kept = damages.kept(choice.experts) if damages.kept and choice.experts != max(damages.counts) else None
         types = stored_types(damages, choice)
         name = f"mix-{choice.experts}-{abs(hash_of(types)):x}"
@@ -190,11 +190,12 @@ def decide(
 
     try_(first.best)
     total = max(damages.counts)
-    far = [i for i, n in enumerate(damages.counts) if abs(n - first.best.experts) >= max(1, round(_APART * total))]
-    if rounds > 1 and far:
-        other = _best_of(problem, far)
-        if other is not None:
-            try_(other)
+    other = [i for i, n in enumerate(damages.counts) if n == total != first.best.experts]
+    if not other or _best_of(problem, other) is None:
+        least = max(1, round(_APART * total))
+        other = [i for i, n in enumerate(damages.counts) if abs(n - first.best.experts) >= least]
+    if rounds > 1 and other and (second := _best_of(problem, other)) is not None:
+        try_(second)
     if rounds > 2 and len(found) > 1:
         factors = correction([measurement for measurement, _ in found])
         try_(allocate(damages.scaled(*factors).problem(budget)).best)

@@ -135,7 +135,7 @@ def test_the_file_has_the_types_and_the_bytes(
     assert len(set(groups.values())) > 3
     down = types["blk.0.ffn_down_exps.weight"]  # rows of 128: no block of 256
     assert down in ("Q8_0", "Q5_1", "Q5_0", "Q4_0", "IQ4_NL")
-    with pytest.raises(CannotBeDone, match="token_embd.weight is"):
+    with pytest.raises(CannotBeDone, match=r"token_embd\.weight is"):
         check_types(tmp_path / "mix.gguf", {"token_embd.weight": "F16"})
 
 
@@ -209,7 +209,7 @@ def test_kept_entries_are_the_kept_experts(checkpoint: Checkpoint, scores: Score
     kept = kept_entries(entries, {0: [1, 4], 1: [0, 6]})
     name = "blk.1.ffn_down_exps.weight"
     np.testing.assert_array_equal(kept[name][0], entries[name][0][[0, 6]])
-    assert kept["blk.0.attn_q.weight"] is entries["blk.0.attn_q.weight"]
+    np.testing.assert_array_equal(kept["blk.0.attn_q.weight"][0], entries["blk.0.attn_q.weight"][0])
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -224,8 +224,8 @@ def test_commands(checkpoint: Checkpoint, tokens: tuple[Path, Tokens], scores: S
     scores.save(tmp_path / "scores.safetensors")
     given = ("--scores", tmp_path / "scores.safetensors")
     out = tmp_path / "allocation.json"
-    code, text = run("allocate", checkpoint.folder, *given, "--budget", "4.5bpw", "--out", out, "--pre-tokenizer", "qwen2",
-                     "--types", "Q8_0,Q4_K,Q2_K", "--criterion", "frequency")  # fmt: skip
+    code, text = run("allocate", checkpoint.folder, *given, "--budget", "4.5bpw", "--out", out, "--pre-tokenizer",
+                     "qwen2", "--types", "Q8_0,Q4_K,Q2_K", "--criterion", "frequency")  # fmt: skip
     assert code == 0, text
     assert "certificate: of 3 expert counts" in text or "certificate: of 4 expert counts" in text
     data = read_allocation(out)

@@ -40,8 +40,9 @@ def measure_errors(
     """Relative errors of every group in every type that is legal for it.
 
     ``base``: the unquantized GGUF, read a matrix at a time through a memory map; ``entries``: sums of squared inputs
-    and counts by tensor (``imatrix.entries_of``). Of a matrix with more rows ``sample_rows`` evenly spaced ones (to
-    twice as many) stand for all. A tensor without an entry (embeddings, head) is rounded, and its error summed, with equal weights."""
+    and counts by tensor (``imatrix.entries_of``). Of a matrix with more rows ``sample_rows`` evenly spaced ones, up to
+    twice as many, stand for all. A tensor without an entry (embeddings, head) is rounded, and its error summed, with
+    equal weights."""
     reader = GGUFReader(str(base))
     stored = {tensor.name: tensor for tensor in reader.tensors}
     result: dict[str, GroupError] = {}

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
 
-import numpy as np
 
 from reapc.checkpoint.atomic import remove, write_text
 from reapc.formats.gguf_types import fallback
@@ -131,12 +130,13 @@ def measured_sensitivity(
 def measured_pruning(
     total: int, counts: Sequence[int], kept: Callable[[int], Kept], share: Callable[[int], float], prober: Prober
 ) -> tuple[dict[int, float], list[Probe]]:
-    """KL of pruning to each of ``counts``: probed at the fewest and halfway, between them a power of the share of
-    saliency that leaves (``share``), through the probed points."""
+    """KL of pruning to each of ``counts``: probed at the fewest, and with a half and a quarter of those dropped;
+    between them a power of the share of saliency that leaves (``share``), through the probed points."""
     fewest = min(counts)
     if fewest == total:
         return {count: 0.0 for count in counts}, []
-    asked = sorted({fewest, (fewest + total + 1) // 2} & set(counts))
+    wanted = (total - round((total - fewest) * part) for part in (1, 1 / 2, 1 / 4))
+    asked = sorted({min((c for c in counts if c < total), key=lambda c: abs(c - count)) for count in wanted})
     probes: list[Probe] = []
     points: list[tuple[float, float]] = []
     with prober.progress.task("probe", len(asked), "prunes") as advance:
@@ -149,10 +149,13 @@ def measured_pruning(
 
 
 def _power(points: list[tuple[float, float]], share: float) -> float:
-    """KL at a dropped share: a power through the points (of two with equal shares, and of one: proportional)."""
-    (x, kl), (other_x, other_kl) = points[0], points[-1]
-    exponent = 1.0
-    if abs(log(other_x / x)) > 1e-6:
-        exponent = float(np.clip(log(other_kl / kl) / log(other_x / x), 0.5, 4.0))
-    nearest_x, nearest_kl = min(points, key=lambda point: abs(log(point[0] / share)))
-    return nearest_kl * exp(exponent * log(share / nearest_x))
+    """KL at a dropped share: a power of it through the two points around it, or the two nearest ones outside; of a
+    single point: proportional. Exponents outside 0.5 to 3 are noise, and are cut."""
+    ordered = sorted(points)
+    if len(ordered) == 1:
+        return ordered[0][1] * share / ordered[0][0]
+    place = min(max(sum(x <= share for x, _ in ordered), 1), len(ordered) - 1)
+    (x, kl), (other_x, other_kl) = ordered[place - 1], ordered[place]
+    steep = log(other_x / x)
+    exponent = min(max(log(other_kl / kl) / steep, 0.5), 3.0) if steep > 1e-6 else 1.0
+    return kl * exp(exponent * log(share / x))
