@@ -164,8 +164,9 @@ def decide(
     """The allocation of ``budget`` bytes of tensor data, the choice that is taken, and what was measured.
 
     With a ``prober`` the best choice is measured, then the best one with all experts (where that is the first, or does
-    not fit: with clearly fewer or more); both correct the two kinds of damage by a factor each, and if that changes the choice the new one is measured too. The one with
-    the least measured KL is taken; its predicted damage stays what it was before any correction."""
+    not fit: with clearly fewer or more). Both correct the two kinds of damage by a factor each, and if that changes the
+    choice the new one is measured too. The one with the least measured KL is taken; its predicted damage stays what it
+    was before any correction."""
     problem = damages.problem(budget)
     first = allocate(problem)
     if prober is None or rounds < 1:

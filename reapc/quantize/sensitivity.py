@@ -9,11 +9,11 @@ that is dropped.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
-
 
 from reapc.checkpoint.atomic import remove, write_text
 from reapc.formats.gguf_types import fallback
@@ -59,14 +59,14 @@ class Prober:
         """The file with these types (of tensors; what is not named stays as it is), pruned to ``kept``."""
         source = self.base
         if kept is not None:
-            source = self.work / "pruned.gguf"
+            source = self.work / f"pruned-{os.getpid()}.gguf"
             remove(source)
             layers = {layer: list(experts) for layer, experts in kept.items()}
             prune_gguf(GgufSource(self.base), layers, source, self.progress)
         if not types:
             source.replace(out)
             return
-        matrix = self.work / "imatrix.gguf"
+        matrix = self.work / f"imatrix-{os.getpid()}.gguf"
         gguf.write_imatrix(matrix, kept_entries(self.entries, kept), 1, self.tokens.length, [self.tokens.source])
         gguf.quantize(source, out, "Q8_0", matrix, self.threads, types=types)
         if kept is not None:
@@ -77,7 +77,7 @@ class Prober:
         record = self.work / f"{name}.json"
         if record.is_file():
             return float(json.loads(record.read_text())["kl"])
-        out = self.work / f"{name}.gguf"
+        out = self.work / f"{name}-{os.getpid()}.gguf"
         remove(out)
         self.build(out, types, kept)
         found = self.fidelity(out)
