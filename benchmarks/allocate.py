@@ -1,7 +1,7 @@
 """How long the allocator takes for GLM-5's 78 layers, as a ratio to its limit.
 
-``python benchmarks/allocate.py [--limit 2.0]``: config.json of the catalogue, 8 groups of tensors a layer, 13 types, every
-expert count down to half. Under the prior (layers of one kind are alike) and with damages that differ by layer as
+``python benchmarks/allocate.py [--limit 2.0]``: config.json of the catalogue, 8 groups of tensors a layer, 13 types,
+every expert count down to half. Under the prior (layers of one kind are alike) and with damages that differ by layer as
 measured ones do (the prior's times a log-normal factor for each group and type, from a fixed seed). Each row is the
 median of 3 runs, everything from the spec to the choice counted. The ratio is of CPU seconds (one thread), which a busy
 machine does not change much; exit 1 where one is above the limit.

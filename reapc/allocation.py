@@ -158,16 +158,24 @@ def stored_types(damages: Damages, choice: Choice) -> dict[str, str]:
     return types
 
 
+Budget = int | Callable[[Damages], Problem]
+
+
+def _problem(damages: Damages, budget: Budget) -> Problem:
+    return budget(damages) if callable(budget) else damages.problem(budget)
+
+
 def decide(
-    damages: Damages, budget: int, prober: Prober | None = None, rounds: int = 3
+    damages: Damages, budget: Budget, prober: Prober | None = None, rounds: int = 3
 ) -> tuple[Allocation, Choice, list[Measurement]]:
-    """The allocation of ``budget`` bytes of tensor data, the choice that is taken, and what was measured.
+    """The allocation of ``budget`` (bytes of tensor data, or what makes the problem of damages, for several devices),
+    the choice that is taken, and what was measured.
 
     With a ``prober`` the best choice is measured, then the best one with all experts (where that is the first, or does
     not fit: with clearly fewer or more). Both correct the two kinds of damage by a factor each, and if that changes the
     choice the new one is measured too. The one with the least measured KL is taken; its predicted damage stays what it
     was before any correction."""
-    problem = damages.problem(budget)
+    problem = _problem(damages, budget)
     first = allocate(problem)
     if prober is None or rounds < 1:
         return first, first.best, []
@@ -199,7 +207,7 @@ def decide(
         try_(second)
     if rounds > 2 and len(found) > 1:
         factors = correction([measurement for measurement, _ in found])
-        try_(allocate(damages.scaled(*factors).problem(budget)).best)
+        try_(allocate(_problem(damages.scaled(*factors), budget)).best)
     best = min(found, key=lambda item: (item[0].kl, -item[0].experts))
     return first, best[1], [measurement for measurement, _ in found]
 

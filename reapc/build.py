@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reapc import __version__
+from reapc.allocated import allocate_build, allocates
 from reapc.arch import ModelSpec
 from reapc.checkpoint.atomic import make_folder, remove, require_room
 from reapc.checkpoint.reader import Checkpoint
@@ -19,6 +20,7 @@ from reapc.checkpoint.source import fetch
 from reapc.emit import write_result
 from reapc.errors import ReapcError
 from reapc.estimate import Estimate, estimate
+from reapc.formats.gguf_types import UNQUANTIZED
 from reapc.formats.weights import WeightFormat
 from reapc.healing import heal_and_judge, split
 from reapc.observe.corpus import load_data, load_split
@@ -121,6 +123,7 @@ class Build:
         self.start = time.monotonic()
         self.stability: dict[str, Any] = {}
         self.healing: dict[str, Any] = {}
+        self.allocation: dict[str, Any] = {}
         self.quantized: dict[str, Any] = {}  # what the manifest says of a quantized checkpoint
         self.cache = StageCache(cache_root() / "stages", progress.log)
         make_folder(self.cache.root)
@@ -131,6 +134,7 @@ class Build:
         self.requirements = Requirements(recipe, checkpoint)
         self.first_plan = self.requirements.plan()
         self.tools = self.requirements.check_tools(self.first_plan.chosen)
+        self.allocates = allocates(recipe, self.first_plan, checkpoint)
         given = load_scores(scores) if scores else None
         if given and scores:
             check_scores(given, checkpoint, scores)
@@ -168,6 +172,11 @@ class Build:
 
         scores, reference = self._observe()
         plan = self._second_plan(scores)
+        if self.allocates and plan.chosen.engine == "llama.cpp" and plan.chosen.format not in UNQUANTIZED:
+            plan, self.allocation = allocate_build(
+                self.recipe, plan, inputs.checkpoint, scores, inputs.calibration, self._convert, self.cache,
+                self.progress,
+            )  # fmt: skip
         groups = groups_of(inputs.checkpoint.spec, self.recipe.prune.dissolve_groups)
         kept = choose(scores, plan.criterion, plan.chosen.experts_kept, groups)
         self._say_stability(scores, plan, groups)
@@ -204,6 +213,7 @@ class Build:
             "calibration": inputs.calibration.digest,
             "held_out": inputs.held_out.digest,
             "reapc": __version__,
+            **({"moments": True} if self.allocates else {}),
         }
 
         def work(folder: Path, scratch: Path) -> None:
@@ -214,7 +224,7 @@ class Build:
                 self.progress,
                 held_out=inputs.held_out,
                 reference=folder / "reference.safetensors",
-                moments=False,
+                moments=self.allocates,
                 model_name=inputs.recipe.model.source,
                 revision=inputs.recipe.model.revision,
                 out=folder / "scores.safetensors",
@@ -359,17 +369,21 @@ class Build:
         """The GGUF file of the plan's type."""
         from reapc.quantize import gguf
 
-        fmt = plan.chosen.format
+        types = self.allocation.get("types")
+        fmt = "Q8_0" if types else plan.chosen.format  # whose rules raise and lower nothing beside a list of types
         base, base_key = self._convert(pruned, pruned_key, "f16" if fmt == "F16" else "bf16")
         if fmt in ("BF16", "F16"):
             return base
-        wanted = self.recipe.quantize.imatrix and fmt != "Q8_0"  # llama-quantize rounds Q8_0 without one
+        wanted = self.recipe.quantize.imatrix and (types or fmt != "Q8_0")  # llama-quantize rounds Q8_0 without one
         imatrix, imatrix_key = self._imatrix(pruned, pruned_key) if wanted else (None, "")
         depends = {"base": base_key, "imatrix": imatrix_key, "format": fmt, "tools": _llamacpp_version()}
+        depends |= {"types": types} if types else {}
 
         def work(folder: Path, scratch: Path) -> None:
             threads = os.cpu_count() or 1
-            gguf.quantize(base, folder / "model.gguf", fmt, imatrix, threads=threads, log=self.progress.log)
+            gguf.quantize(
+                base, folder / "model.gguf", fmt, imatrix, threads=threads, log=self.progress.log, types=types
+            )
 
         folder, _ = self.cache.run("quantize", depends, work)
         return folder / "model.gguf"
@@ -433,10 +447,11 @@ class Build:
             "kept": {str(layer): experts for layer, experts in kept.items()},
             "never_routed": {str(layer): experts for layer, experts in scores.never_routed().items()},
             "stability": self.stability,
-            "format": plan.chosen.format,
+            "format": "allocated" if self.allocation else plan.chosen.format,
             "as_stored": self.requirements.copies(plan.chosen),
             "engine": plan.chosen.engine,
             "healing": self.healing,
+            "allocation": self.allocation,
             "fit": [row.__dict__ for row in fit],
             **self.quantized,
             "fidelity": fidelity.to_json(),

@@ -156,7 +156,8 @@ def _screened(problem: Problem) -> list[_Priced]:
     bound = np.full((cases, devices), -np.inf)  # the best of the dual, by device
     price = np.zeros((cases, devices))  # where that was
     options = _cheapest(problem, 2.0**high)[0]
-    alive, now = np.arange(cases), problem
+    alive: Ints = np.arange(cases)
+    now = problem
 
     def tried(level: Floats) -> tuple[Ints, Ints]:
         """Choices at these prices and their bytes; the dual's bounds are noted."""

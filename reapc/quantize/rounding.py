@@ -102,7 +102,8 @@ def _moments(entry: tuple[NDArray[np.float64], NDArray[np.float64]] | None, inde
     count = float(counts[row if len(counts) > 1 else 0])
     if count == 0:
         return np.ones(sums.shape[1], np.float32)
-    return (sums[row] / count).astype(np.float32)
+    mean: NDArray[np.float32] = (sums[row] / count).astype(np.float32)
+    return mean
 
 
 def _matrices(stored: ReaderTensor, tensor: FileTensor, sample_rows: int) -> Iterator[NDArray[np.float32]]:
