@@ -23,7 +23,7 @@ from reapc.planner.tensor_groups import FileParts, FileTensor
 from reapc.progress import Progress
 from reapc.quantize.ggml import rounded
 
-SAMPLE_ROWS = 256  # of each matrix (of each expert's), evenly spaced; all where there are no more
+SAMPLE_ROWS = 64  # of each matrix (of each expert's), evenly spaced; all where there are fewer than twice as many
 Entries = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
