@@ -14,6 +14,7 @@ import numpy as np
 from reapc import __version__
 from reapc.allocation import allocation_json, decide, measured
 from reapc.arch import ModelSpec
+from reapc.checkpoint.atomic import remove
 from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import CannotBeDone
 from reapc.observe.scores import Scores
@@ -86,6 +87,7 @@ def allocate_build(
         facts = {"model": recipe.model.source, "digest": checkpoint.digest, "criterion": plan.criterion}
         found = allocation_json(damages, spec, int(decided[0].best.bytes), decided, facts)
         (folder / "allocation.json").write_text(json.dumps(found, indent=2) + "\n")
+        remove(scratch)
 
     folder, _ = cache.run("allocate", depends, work)
     found = json.loads((folder / "allocation.json").read_text())

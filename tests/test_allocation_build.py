@@ -49,9 +49,9 @@ def test_a_build_allocates(project: Path, cache: str, capsys, tmp_path: Path) ->
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())["from_scores"]
     assert all(device["free_bytes"] >= 0 for device in plan["chosen"]["placement"]["devices"])
     assert "allocated tensor by tensor" in plan["reasons"][0]
-    # again, with only the verification changed: the allocation is reused
+    # again, served on another port: the allocation is reused
     code, _, err = run_main(
-        capsys, "build", project / "tiny.toml", "--set", "verify.sequences=3", "--out", tmp_path / "second", "--json"
+        capsys, "build", project / "tiny.toml", "--set", "serve.port=8099", "--out", tmp_path / "second", "--json"
     )
     assert code == 0, err
     assert "allocate" in json.loads((tmp_path / "second" / "manifest.json").read_text())["reused"]
