@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reapc import __version__
+from reapc.allocated import allocate_build, allocates
 from reapc.arch import ModelSpec
 from reapc.checkpoint.atomic import make_folder, remove, require_room
 from reapc.checkpoint.reader import Checkpoint
@@ -19,6 +20,7 @@ from reapc.choice.samples import samples_of
 from reapc.emit import write_result
 from reapc.errors import ReapcError
 from reapc.estimate import Estimate, estimate
+from reapc.formats.gguf_types import UNQUANTIZED
 from reapc.formats.weights import WeightFormat
 from reapc.healing import split
 from reapc.observe.corpus import load_data, load_split
@@ -127,6 +129,7 @@ class Build:
         self.stability: dict[str, Any] = {}
         self.healing: dict[str, Any] = {}
         self.choice: dict[str, Any] = {}
+        self.allocation: dict[str, Any] = {}
         self.quantized: dict[str, Any] = {}  # what the manifest says of a quantized checkpoint
         self.cache = cache or StageCache(cache_root() / "stages", progress.log)
         make_folder(self.cache.root)
@@ -137,6 +140,7 @@ class Build:
         self.requirements = Requirements(recipe, checkpoint)
         self.first_plan = self.requirements.plan()
         self.tools = self.requirements.check_tools(self.first_plan.chosen)
+        self.allocates = allocates(recipe, self.first_plan, checkpoint)
         given = load_scores(scores) if scores else None
         if given and scores:
             check_scores(given, checkpoint, scores)
@@ -179,6 +183,10 @@ class Build:
 
         scores, reference = self._observe()
         plan = self._second_plan(scores)
+        if self.allocates and plan.chosen.engine == "llama.cpp" and plan.chosen.format not in UNQUANTIZED:
+            plan, self.allocation = allocate_build(
+                self.recipe, plan, inputs.checkpoint, scores, inputs.calibration, self.passes
+            )  # fmt: skip
         groups = groups_of(inputs.checkpoint.spec, self.recipe.prune.dissolve_groups)
         plan, kept = self._choose(scores, plan, groups)
         self._say_stability(scores, plan, groups)
@@ -194,7 +202,7 @@ class Build:
         inputs, model = self.inputs, self.recipe.model
         if inputs.scores:
             return inputs.scores, self.passes.reference(inputs.held_out)
-        return self.passes.observe(inputs.held_out, model.source, model.revision)
+        return self.passes.observe(inputs.held_out, model.source, model.revision, moments=self.allocates)
 
     def _choose(self, scores: Scores, plan: Plan, groups: int) -> tuple[Plan, dict[int, list[int]]]:
         """The experts that stay: by the recipe's criterion, or by the one that measuring has chosen."""
@@ -256,7 +264,8 @@ class Build:
     def _quantize(self, pruned: Staged, plan: Plan) -> Path:
         """The GGUF file, or the folder that vLLM serves: the pruned one where it stays in what it is stored in."""
         if plan.chosen.engine == "llama.cpp":
-            return self.passes.quantize_gguf(pruned, plan.chosen.format, self.recipe.quantize.imatrix)
+            types = self.allocation.get("types")
+            return self.passes.quantize_gguf(pruned, plan.chosen.format, self.recipe.quantize.imatrix, types)
         fmt = self.requirements.written(plan.chosen)
         return pruned.path if fmt is None else self._quantize_checkpoint(pruned, fmt)
 
@@ -305,11 +314,12 @@ class Build:
             "kept": {str(layer): experts for layer, experts in kept.items()},
             "never_routed": {str(layer): experts for layer, experts in scores.never_routed().items()},
             "stability": self.stability,
-            "format": plan.chosen.format,
+            "format": "allocated" if self.allocation else plan.chosen.format,
             "as_stored": self.requirements.copies(plan.chosen),
             "engine": plan.chosen.engine,
             "choice": self.choice,
             "healing": self.healing,
+            "allocation": self.allocation,
             "fit": [row.__dict__ for row in fit],
             **self.quantized,
             "fidelity": fidelity.to_json(),

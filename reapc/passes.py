@@ -68,7 +68,9 @@ class Passes:
         folder, _ = self.cache.run("reference", depends, work)
         return folder / "reference.safetensors"
 
-    def observe(self, held_out: Tokens, name: str, revision: str | None) -> tuple[Scores, Path]:
+    def observe(
+        self, held_out: Tokens, name: str, revision: str | None, *, moments: bool = False
+    ) -> tuple[Scores, Path]:
         """Scores and the reference of held-out text, in one pass. ``name``, ``revision``: what the scores say they are
         of."""
         depends = {
@@ -76,12 +78,13 @@ class Passes:
             "calibration": self.calibration.digest,
             "held_out": held_out.digest,
             "reapc": __version__,
+            **({"moments": True} if moments else {}),
         }
 
         def work(folder: Path, scratch: Path) -> None:
             observe(
                 self.checkpoint, self.calibration, scratch, self.progress, held_out=held_out,
-                reference=folder / "reference.safetensors", moments=False, model_name=name, revision=revision,
+                reference=folder / "reference.safetensors", moments=moments, model_name=name, revision=revision,
                 out=folder / "scores.safetensors",
             )  # fmt: skip
 
@@ -201,25 +204,32 @@ class Passes:
             self.progress.log(f"quantize: {found['summary']}")
         return found
 
-    def quantize_gguf(self, pruned: Staged, fmt: str, with_imatrix: bool = True) -> Path:
-        """The GGUF file of a type, with an importance matrix where the type takes one and it is wanted."""
+    def quantize_gguf(
+        self, pruned: Staged, fmt: str, with_imatrix: bool = True, types: Mapping[str, str] | None = None
+    ) -> Path:
+        """The GGUF file of a type, with an importance matrix where the type takes one and it is wanted. ``types``: of
+        every tensor by its name, in the place of what the type's own rules give."""
         from reapc.quantize import gguf
 
+        if types:
+            fmt = "Q8_0"  # whose rules raise and lower nothing beside a list of types
         base = self.convert(pruned, "f16" if fmt == "F16" else "bf16")
         if fmt in UNQUANTIZED_GGUF:
             return base.path
-        wanted = with_imatrix and fmt != "Q8_0"  # llama-quantize rounds Q8_0 without one
+        wanted = with_imatrix and (types or fmt != "Q8_0")  # llama-quantize rounds Q8_0 without one
         imatrix = self.imatrix(pruned) if wanted else None
         depends = {
             "base": base.key,
             "imatrix": imatrix.key if imatrix else "",
             "format": fmt,
             "tools": llamacpp_version(),
+            **({"types": dict(types)} if types else {}),
         }
 
         def work(folder: Path, scratch: Path) -> None:
             matrix, threads = imatrix.path if imatrix else None, os.cpu_count() or 1
-            gguf.quantize(base.path, folder / "model.gguf", fmt, matrix, threads=threads, log=self.progress.log)
+            log = self.progress.log
+            gguf.quantize(base.path, folder / "model.gguf", fmt, matrix, threads=threads, log=log, types=types)
 
         folder, _ = self.cache.run("quantize", depends, work)
         return folder / "model.gguf"

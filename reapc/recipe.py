@@ -87,6 +87,8 @@ class QuantizeSection(_Section):
     # AutoRound's tuning steps per layer; 0 rounds to nearest
     iters: Auto | Annotated[int, BeforeValidator(_no_bool), Field(ge=0)] = "auto"
     imatrix: bool = True
+    # the expert count and every tensor's GGUF type chosen together by measured damages (reapc/allocation.py)
+    allocate: bool = False
     pre_tokenizer: str | None = None
 
     @property
@@ -234,6 +236,15 @@ def make_recipe(data: dict[str, Any], path: Path) -> Recipe:
             f'{where}: quantize.mixed, but quantize.method = "{recipe.quantize.method}"',
             hint="llama-quantize mixes types by itself; mixed is for auto_round, gptq and fp8",
         )
+    if recipe.quantize.allocate:
+        quantize = recipe.quantize
+        if (quantize.format, quantize.bits) != ("auto", "auto") or quantize.method not in ("auto", "gguf"):
+            raise ReapcError(
+                f"{where}: quantize.allocate chooses the GGUF types, but quantize.method, format or bits fixes them",
+                hint='remove them, or set quantize.allocate = false; method = "gguf" may stay',
+            )
+        if not quantize.imatrix:
+            raise ReapcError(f"{where}: quantize.allocate needs the importance matrix", hint="remove imatrix = false")
     if recipe.prune.heal and recipe.prune.method == "none":
         raise ReapcError(
             f'{where}: prune.heal = true, but prune.method = "none": without pruning there is nothing to heal',

@@ -198,7 +198,7 @@ def test_a_sweep_measures_the_grid_and_goes_on_where_it_was(project: Path, capsy
     assert {point["label"] for point in drawn} == set(stored["points"])
     page = (out / "frontier.html").read_text()
     assert "<svg" in page
-    assert "http" not in page.replace("http://www.w3.org", "")
+    assert 'src="http' not in page
 
     monkeypatch.setattr(Sweep, "_measured", lambda *a: pytest.fail("a point was measured twice"))
     assert json.loads(_sweep(capsys, project, out, *grid)[1]) == found

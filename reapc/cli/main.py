@@ -20,6 +20,7 @@ COMMANDS = {
     "corpora": "List the calibration mixes; pack one into token ids.",
     "observe": "Record expert scores of a model over calibration text.",
     "scores": "Show, merge and mix scores files; how far the choice of experts depends on the data.",
+    "allocate": "Choose the number of experts and every tensor's GGUF type together, under a budget.",
     "prune": "Drop the experts with the lowest scores from a checkpoint.",
     "heal": "Refit the experts of a pruned checkpoint to its original.",
     "quantize": "Write a checkpoint as a quantized GGUF file.",

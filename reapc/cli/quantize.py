@@ -17,15 +17,21 @@ if TYPE_CHECKING:
     from reapc.formats.weights import WeightFormat
 
 SEQUENCES, LENGTH = 128, 512
+# llama-quantize's file type beside a list of types: the rules of Q8_0 raise and lower nothing
+_ALLOCATED = "Q8_0"
 
 
 @click.command("quantize")
 @click.argument("model")
 @click.option("--revision", help="Revision of a hub model.")
 @click.option(
-    "--format", "name", required=True,
+    "--format", "name",
     help="A format of `reapc formats`: Q4_K_M, IQ4_XS, BF16 ... (GGUF); auto-round-w4g128, gptq-w4g128, ct-w4g128, "
     "fp8-block, auto-round-w4g32+attention=8 ... (for vLLM).",
+)  # fmt: skip
+@click.option(
+    "--allocation", type=click.Path(path_type=Path),
+    help="In the place of --format: the GGUF types that `reapc allocate --out` wrote. MODEL is already pruned.",
 )  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The .gguf file or the folder to write.")
 @click.option("--data", default="auto", help="Calibration text: as in `reapc observe`.")
@@ -43,7 +49,8 @@ SEQUENCES, LENGTH = 128, 512
 def command(
     model: str,
     revision: str | None,
-    name: str,
+    name: str | None,
+    allocation: Path | None,
     out: Path,
     data: str,
     tokens: Path | None,
@@ -57,7 +64,9 @@ def command(
     or a plain cast to FP8 for vLLM."""
     from reapc.planner.question import check_format
 
-    engine, canonical = check_format(name)
+    if (name is None) == (allocation is None):
+        raise ReapcError("give one of --format and --allocation")
+    engine, canonical = check_format(name) if name is not None else ("llama.cpp", _ALLOCATED)
     if out.exists():
         raise ReapcError(f"{out}: exists already", hint="remove it or choose another name")
     if tokens is not None and data != "auto":
@@ -67,17 +76,17 @@ def command(
 
     source = str(tokens) if tokens is not None else data
     sequences = 1 << 30 if tokens is not None else SEQUENCES
-    fmt = weights.parse(canonical)
+    fmt = weights.parse(canonical) if allocation is None else None
     if engine == "llama.cpp" or fmt is None or not fmt.quantized:  # bf16 and fp16 in any case: a GGUF in 16 bit
         ftype = canonical.upper().replace("FP16", "F16")
         if method != "auto" or iters is not None:
             raise ReapcError(f"--method and --iters mean nothing for {ftype}, which llama.cpp's quantizer writes")
-        summary = _to_gguf(fetch(model, revision, Path(".")), out, ftype, source, sequences, imatrix, pre_tokenizer)
+        folder = fetch(model, revision, Path("."))
+        summary = _to_gguf(folder, out, ftype, source, sequences, imatrix, pre_tokenizer, allocation)
     else:
         if pre_tokenizer is not None:
             raise ReapcError(f"--pre-tokenizer is for GGUF, and {canonical} is not a GGUF type")
-        folder = fetch(model, revision, Path("."))
-        summary = _to_checkpoint(folder, out, fmt, source, sequences, method, iters)
+        summary = _to_checkpoint(fetch(model, revision, Path(".")), out, fmt, source, sequences, method, iters)
     if as_json:
         click.echo(json.dumps(summary))
         return
@@ -87,8 +96,16 @@ def command(
 
 
 def _to_gguf(
-    folder: Path, out: Path, fmt: str, data: str, sequences: int, imatrix: bool, pre_tokenizer: str | None
+    folder: Path,
+    out: Path,
+    fmt: str,
+    data: str,
+    sequences: int,
+    imatrix: bool,
+    pre_tokenizer: str | None,
+    allocation: Path | None,
 ) -> dict[str, Any]:
+    from reapc.allocation import check_allocation, read_allocation
     from reapc.checkpoint.atomic import make_folder, require_room
     from reapc.checkpoint.reader import Checkpoint
     from reapc.cli.progress import make_progress
@@ -98,6 +115,9 @@ def _to_gguf(
     from reapc.quantize.imatrix import write_from_scores
 
     checkpoint, progress = Checkpoint(folder), make_progress()
+    allocated = read_allocation(allocation) if allocation else None
+    if allocated and allocation:
+        check_allocation(allocated, checkpoint.spec, allocation, imatrix)
     make_folder(out.parent)
     require_room(out.parent, 3 * checkpoint.spec.parameters, "the GGUF files")
     with tempfile.TemporaryDirectory(prefix=".reapc-quantize-", dir=out.parent) as name:
@@ -114,8 +134,10 @@ def _to_gguf(
                 matrix = work / "imatrix.gguf"
                 write_from_scores(matrix, scores, calibration, checkpoint.spec)
             threads = os.cpu_count() or 1
-            gguf.quantize(work / "base.gguf", out, fmt, matrix, threads=threads, log=progress.log)
-    return {"output": str(out), "format": fmt, "bytes": out.stat().st_size}
+            types = allocated["types"] if allocated else None
+            gguf.quantize(work / "base.gguf", out, fmt, matrix, threads=threads, log=progress.log, types=types)
+    summary = {"output": str(out), "format": "allocated" if allocated else fmt, "bytes": out.stat().st_size}
+    return summary | ({"data_bytes": allocated["data_bytes"]} if allocated else {})
 
 
 def _to_checkpoint(

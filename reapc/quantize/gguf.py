@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 
 from reapc.arch import load_config, model_spec
 from reapc.checkpoint.atomic import atomic_path
+from reapc.checkpoint.reader import listed
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.toolchain import require, run_logged
 
@@ -71,21 +73,58 @@ def convert(
 
 
 def quantize(
-    source: Path, out: Path, ftype: str, imatrix: Path | None = None, threads: int = 0, log: Log = _quiet
+    source: Path,
+    out: Path,
+    ftype: str,
+    imatrix: Path | None = None,
+    threads: int = 0,
+    log: Log = _quiet,
+    types: Mapping[str, str] | None = None,
 ) -> None:
-    """Quantizes a GGUF to ``ftype`` (llama.cpp's name, e.g. Q4_K_M); ``threads`` 0 takes every core."""
+    """Quantizes a GGUF to ``ftype`` (llama.cpp's name, e.g. Q4_K_M); ``threads`` 0 takes every core.
+
+    ``types``: ggml types by the tensors' full names, for those tensors in the place of what the rules of ``ftype``
+    give; CannotBeDone where a tensor did not become what was asked for."""
 
     def step(line: str) -> str | None:
         match = _STEP.match(line)
         return f"quantizing {match.group(1)} {match.group(2)}" if match else None
 
-    with atomic_path(out.absolute()) as partial:
+    with atomic_path(out.absolute()) as partial, tempfile.TemporaryDirectory(prefix="reapc-types-") as folder:
         options, cwd = _imatrix_options(imatrix)
+        if types:
+            patterns = Path(folder) / "types.txt"
+            patterns.write_text(type_patterns(types))
+            options += ["--tensor-type-file", patterns]
         command = [require("quantize"), *options, source.absolute(), partial, ftype]
         run_logged(
             [*command, str(threads or os.cpu_count() or 1)], f"llama-quantize to {ftype}", log, cwd=cwd, progress=step
         )
+        if types:
+            check_types(partial, types, out)
         _sync(partial)
+
+
+def type_patterns(types: Mapping[str, str]) -> str:
+    """The lines of a ``--tensor-type-file``. Its names are regular expressions that are searched for in the tensors'
+    names (tools/quantize/quantize.cpp, std::regex), so each is escaped and anchored at both ends."""
+    lines = []
+    for name, kind in types.items():
+        if re.search(r"[\s=]", name) or name != name.lower():
+            raise ReapcError(f"tensor {name!r}: llama-quantize's list takes names without spaces, = and capitals")
+        lines.append(f"^{re.escape(name)}$={kind.lower()}\n")
+    return "".join(lines)
+
+
+def check_types(path: Path, types: Mapping[str, str], name: Path | None = None) -> None:
+    """CannotBeDone, with the first few names, unless the tensors of the GGUF at ``path`` have these types."""
+    found = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(str(path)).tensors}
+    wrong = [f"{n} is {found.get(n, 'not there')}, {k} was asked for" for n, k in types.items() if found.get(n) != k]
+    if wrong:
+        raise CannotBeDone(
+            f"{name or path}: {len(wrong)} tensors are not as allocated: {listed(wrong)}",
+            hint="was the allocation made for this model, and with this llama.cpp? `reapc doctor` shows its version",
+        )
 
 
 def dry_run_bytes(source: Path, ftype: str, imatrix: Path | None = None) -> int | None:

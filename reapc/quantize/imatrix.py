@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from reapc.arch import ModelSpec
+from reapc.formats.gguf import is_routed, part_layer
 from reapc.observe.scores import Scores
 from reapc.quantize.gguf import write_imatrix
 from reapc.stream.model import Q_NOPE
@@ -55,3 +57,21 @@ def entries_of(scores: Scores, spec: ModelSpec) -> dict[str, tuple[np.ndarray, n
 def write_from_scores(out: Path, scores: Scores, calibration: Tokens, spec: ModelSpec) -> None:
     """Writes the imatrix of ``scores`` (observed with second moments) of a model of ``spec`` to ``out``."""
     write_imatrix(out, entries_of(scores, spec), calibration.sequences, calibration.length, [calibration.source])
+
+
+def kept_entries(
+    entries: Mapping[str, tuple[np.ndarray, np.ndarray]], kept: Mapping[int, Sequence[int]] | None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The entries with the experts of ``kept`` (by layer) alone: the original's routing, where the pruned model's own
+    was not observed."""
+    if kept is None:
+        return dict(entries)
+    result = {}
+    for name, (sums, counts) in entries.items():
+        layer = part_layer(name)[0]
+        if is_routed(name) and layer in kept:
+            rows = list(kept[layer])
+            result[name] = (sums[rows], counts[rows])
+        else:
+            result[name] = (sums, counts)
+    return result

@@ -1,0 +1,161 @@
+"""What rounding and pruning cost at the end: KL of probes, real GGUF files in the pinned llama.cpp.
+
+A probe rounds one class of tensors (the experts' gate and up, attention, ...) in the whole model at one low type, or
+drops experts without rounding anything. Its KL to the unquantized model, over the error that ``rounding`` found for
+the same tensors, is the class's sensitivity. Between counts that were probed, pruning follows the share of saliency
+that is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from math import exp, log
+from pathlib import Path
+
+from reapc.checkpoint.atomic import remove, write_text
+from reapc.formats.gguf_types import fallback
+from reapc.observe.reference import SequenceReference
+from reapc.planner.damages import ROUTED, GroupError, Sensitivity
+from reapc.planner.tensor_groups import FileParts, TensorGroup
+from reapc.progress import Progress
+from reapc.prune.gguf import GgufSource, prune_gguf
+from reapc.quantize import gguf
+from reapc.quantize.imatrix import kept_entries
+from reapc.quantize.rounding import Entries
+from reapc.stream.tokens import Tokens
+from reapc.verify.fidelity import Fidelity, measure
+from reapc.verify.gguf_logits import gguf_log_probs
+
+PROBE_TYPE = "Q2_K"  # low enough to show above the noise, and legal for embeddings and output too
+FLOOR = 1e-6  # nats: what a probe's KL is at least taken to be
+Kept = Mapping[int, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One measured file: ``name`` says what was done, ``error`` the sum over its groups that KL is divided by."""
+
+    name: str
+    kl: float
+    error: float = 0.0
+
+
+class Prober:
+    """Makes files from the unquantized GGUF ``base`` and measures them on ``tokens``. Finished probes lie in ``work``
+    as JSON, so that an interrupted run goes on."""
+
+    def __init__(
+        self, base: Path, tokens: Tokens, entries: Entries, work: Path, progress: Progress, threads: int
+    ) -> None:
+        self.base, self.tokens, self.entries, self.work = base, tokens, entries, work
+        self.progress, self.threads = progress, threads
+        work.mkdir(parents=True, exist_ok=True)
+        self._references: list[SequenceReference] | None = None
+
+    def build(self, out: Path, types: Mapping[str, str], kept: Kept | None) -> None:
+        """The file with these types (of tensors; what is not named stays as it is), pruned to ``kept``."""
+        source = self.base
+        if kept is not None:
+            source = self.work / f"pruned-{os.getpid()}.gguf"
+            remove(source)
+            layers = {layer: list(experts) for layer, experts in kept.items()}
+            prune_gguf(GgufSource(self.base), layers, source, self.progress)
+        if not types:
+            source.replace(out)
+            return
+        matrix = self.work / f"imatrix-{os.getpid()}.gguf"
+        gguf.write_imatrix(matrix, kept_entries(self.entries, kept), 1, self.tokens.length, [self.tokens.source])
+        gguf.quantize(source, out, "Q8_0", matrix, self.threads, types=types)
+        if kept is not None:
+            remove(source)
+
+    def kl(self, name: str, types: Mapping[str, str], kept: Kept | None) -> float:
+        """KL in nats of such a file to the unquantized model; measured once for each ``name``."""
+        record = self.work / f"{name}.json"
+        if record.is_file():
+            return float(json.loads(record.read_text())["kl"])
+        out = self.work / f"{name}-{os.getpid()}.gguf"
+        remove(out)
+        self.build(out, types, kept)
+        found = self.fidelity(out)
+        remove(out)
+        write_text(record, json.dumps(found.to_json()))
+        return found.kl
+
+    def fidelity(self, model: Path) -> Fidelity:
+        """How far a GGUF file is from ``base`` on the tokens."""
+        ids, mask = self.tokens.input_ids, self.tokens.mask
+        if self._references is None:
+            rows = gguf_log_probs(self.base, ids, mask, self.threads)
+            self._references = [SequenceReference.of(row, ids[i], True) for i, row in enumerate(rows)]
+        return measure(self.tokens, self._references, gguf_log_probs(model, ids, mask, self.threads))
+
+
+def probe_types(parts: FileParts, probed: Container[str]) -> dict[str, str]:
+    """The types of a file in which the groups ``probed`` are rounded to ``PROBE_TYPE`` and the rest stays in 16 bit."""
+    types: dict[str, str] = {}
+    for group in parts.groups:
+        for tensor in group.tensors:
+            types[tensor.name] = fallback(PROBE_TYPE, tensor.columns) if group.name in probed else "BF16"
+    return types
+
+
+def measured_sensitivity(
+    parts: FileParts, errors: Mapping[str, GroupError], prober: Prober, segments: int = 1
+) -> tuple[Sensitivity, list[Probe]]:
+    """KL over error of every class that the model has. ``segments``: the routed experts' classes are probed in so many
+    runs of layers, each by itself; all groups that are probed together have the same sensitivity."""
+    sets: dict[str, list[TensorGroup]] = {}
+    routed = sorted({group.layer for group in parts.groups if group.part in ROUTED})
+    place = {layer: index * segments // len(routed) for index, layer in enumerate(routed)}
+    for group in parts.groups:
+        tail = f"-{place[group.layer]}" if segments > 1 and group.part in ROUTED else ""
+        sets.setdefault(group.part + tail, []).append(group)
+    nats: dict[str, float] = {}
+    probes: list[Probe] = []
+    with prober.progress.task("probe", len(sets), "classes of tensors") as advance:
+        for name, groups in sets.items():
+            error = sum(errors[group.name].relative(PROBE_TYPE) for group in groups)
+            types = probe_types(parts, {group.name for group in groups})
+            kl = max(prober.kl(f"{PROBE_TYPE}-{name}", types, None), FLOOR)
+            probes.append(Probe(f"{name} in {PROBE_TYPE}", kl, error))
+            nats |= {group.name: kl / error for group in groups}
+            advance(1)
+    return Sensitivity(nats, dict.fromkeys(nats, "measured")), probes
+
+
+def measured_pruning(
+    total: int, counts: Sequence[int], kept: Callable[[int], Kept], share: Callable[[int], float], prober: Prober
+) -> tuple[dict[int, float], list[Probe]]:
+    """KL of pruning to each of ``counts``: probed at the fewest, and with a half and a quarter of those dropped;
+    between them a power of the share of saliency that leaves (``share``), through the probed points."""
+    fewest = min(counts)
+    if fewest == total:
+        return {count: 0.0 for count in counts}, []
+    wanted = (total - round((total - fewest) * part) for part in (1, 1 / 2, 1 / 4))
+    asked = sorted({min((c for c in counts if c < total), key=lambda c: abs(c - count)) for count in wanted})
+    probes: list[Probe] = []
+    points: list[tuple[float, float]] = []
+    with prober.progress.task("probe", len(asked), "prunes") as advance:
+        for count in asked:
+            kl = max(prober.kl(f"kept-{count}", {}, kept(count)), FLOOR)
+            probes.append(Probe(f"{count} of {total} experts", kl, share(count)))
+            points.append((max(share(count), 1e-12), kl))
+            advance(1)
+    return {count: 0.0 if count == total else _power(points, max(share(count), 1e-12)) for count in counts}, probes
+
+
+def _power(points: list[tuple[float, float]], share: float) -> float:
+    """KL at a dropped share: a power of it through the two points around it, or the two nearest ones outside; of a
+    single point: proportional. Exponents outside 0.5 to 3 are noise, and are cut."""
+    ordered = sorted(points)
+    if len(ordered) == 1:
+        return ordered[0][1] * share / ordered[0][0]
+    place = min(max(sum(x <= share for x, _ in ordered), 1), len(ordered) - 1)
+    (x, kl), (other_x, other_kl) = ordered[place - 1], ordered[place]
+    steep = log(other_x / x)
+    exponent = min(max(log(other_kl / kl) / steep, 0.5), 3.0) if steep > 1e-6 else 1.0
+    return kl * exp(exponent * log(share / x))

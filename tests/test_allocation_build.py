@@ -1,0 +1,109 @@
+"""Builds with ``quantize.allocate``: the types and bytes that the plan announces are those of the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+from conftest import make_project, run_main
+from test_build import RECIPE as BUILD
+
+from reapc.arch import known
+from reapc.errors import CannotBeDone
+from reapc.planner.allocate import allocate
+from reapc.planner.devices import Devices
+from reapc.planner.search import answer
+from reapc.planner.tensor_groups import LADDER
+from reapc.quantize.gguf import check_types
+
+RECIPE = (
+    BUILD.replace('format = "Q4_K_M"', "allocate = true")
+    .replace("experts = 9", "max_ratio = 0.5")
+    .replace('ram = "80MB"', 'ram = "45MB"')
+)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("allocated")
+    return make_project(folder, RECIPE, hidden_size=256, moe_intermediate_size=256, head_dim=64)
+
+
+def test_a_build_allocates(project: Path, cache: str, capsys, tmp_path: Path) -> None:
+    code, _, err = run_main(capsys, "build", project / "tiny.toml", "--out", tmp_path / "out", "--json")
+    assert code == 0, err
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    found = manifest["allocation"]
+    assert manifest["format"] == "allocated"
+    assert manifest["experts_kept"] == found["experts"]
+    assert found["predicted"]["source"] == "measured"
+    assert found["certificate"]["lower_bound"] <= found["certificate"]["best_predicted_kl"]
+    path = tmp_path / "out" / "model.gguf"
+    check_types(path, found["types"])
+    data = path.stat().st_size - gguf.GGUFReader(str(path)).data_offset
+    assert data == found["data_bytes"]
+    weights = next(row for row in manifest["fit"] if row["name"] == "weights")
+    assert weights["predicted_bytes"] == weights["actual_bytes"]
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())["from_scores"]
+    assert all(device["free_bytes"] >= 0 for device in plan["chosen"]["placement"]["devices"])
+    assert "allocated tensor by tensor" in plan["reasons"][0]
+    # again, served on another port: the allocation is reused
+    code, _, err = run_main(
+        capsys, "build", project / "tiny.toml", "--set", "serve.port=8099", "--out", tmp_path / "second", "--json"
+    )
+    assert code == 0, err
+    assert "allocate" in json.loads((tmp_path / "second" / "manifest.json").read_text())["reused"]
+
+
+def test_what_contradicts_it_is_refused(project: Path, capsys, tmp_path: Path) -> None:
+    for setting, message in (("quantize.format=Q4_K_M", "fixes them"), ("quantize.imatrix=false", "importance matrix")):
+        code, _, err = run_main(
+            capsys, "build", project / "tiny.toml", "--set", setting, "--out", tmp_path / "out", "--json"
+        )
+        assert code == 2
+        assert message in err
+
+
+def question(model: str, target: str, **serve):
+    from reapc.planner.fit import Wish, question_of
+    from reapc.recipe import ServeSection
+    from reapc.target import load_target
+
+    wish = Wish(load_target(target), ServeSection(engine="llama.cpp", **serve), max_ratio=0.5)
+    return question_of(model, known.spec(model), wish)
+
+
+def test_every_card_has_its_own_budget() -> None:
+    """GLM-5 on eight cards: no card above what it has, the plan's bytes the allocation's, and less predicted loss than
+    the uniform choice."""
+    from reapc.allocation import expert_bits, prior_only
+
+    asked = question("zai-org/GLM-5", "rtx3090x8", context=32768)
+    plan = answer(asked)
+    damages = prior_only(asked.spec, asked.counts)
+    devices = Devices(plan, asked.spec, asked.target)
+    found = allocate(devices.budgets(damages.problem(0), damages.parts))
+    groups = {g.name: LADDER[o] for g, o in zip(damages.parts.groups, found.best.options, strict=True)}
+    bits = expert_bits(damages, asked.spec, found.best)[0]
+    made = devices.planned(plan, asked.spec, damages.parts, groups, found.best.experts, found.best.damage, bits)
+    assert all(device.free_bytes >= 0 for device in made.chosen.placement.devices)
+    held = [device.weights_bytes for device in made.chosen.placement.devices]
+    assert sum(held) == made.chosen.weights_bytes
+    assert len([device for device in made.chosen.placement.devices if device.free_bytes < 2**29]) >= 7
+    assert found.best.damage < plan.chosen.predicted_loss
+    assert found.relative_gap < 1e-3
+
+
+def test_offloaded_experts_are_refused() -> None:
+    asked = question("zai-org/GLM-4.5-Air", "rtx3090x1", context=4096)
+    from dataclasses import replace
+
+    from reapc.target import make_target
+
+    target = make_target({"ram": "128GB"}, "test", base=asked.target)
+    plan = answer(replace(asked, target=target))
+    assert plan.chosen.placement.offloaded_layers
+    with pytest.raises(CannotBeDone, match="beside the cards"):
+        Devices(plan, asked.spec, target)
