@@ -36,6 +36,7 @@ def _others(values: tuple[str, ...]) -> list[tuple[str, Path]]:
 @click.option("--max-ratio", default=0.5, show_default=True, type=click.FloatRange(0, 1, max_open=True))
 @click.option("--criteria", default="reap,auto", show_default=True, help="Who chooses; auto: who loses least.")
 @click.option("--heal", default="both", show_default=True, type=click.Choice(["both", "yes", "no"]))
+@click.option("--joint/--no-joint", default=True, show_default=True, help="With budgets: the allocator's mixes too.")
 @click.option("--iters", type=click.IntRange(0), help="AutoRound's tuning steps.")
 @click.option(
     "--also", multiple=True, metavar="NAME=PATH", help="A folder or GGUF file of somebody else's, measured too."
@@ -46,7 +47,7 @@ def _others(values: tuple[str, ...]) -> list[tuple[str, Path]]:
 @click.option("--json", "as_json", is_flag=True, help="Print the frontier as JSON.")
 def command(
     model: str, revision: str | None, tokens: Path, panel: Path, budgets: str | None, ratios: str | None, formats: str,
-    mixes: int, max_ratio: float, criteria: str, heal: str, iters: int | None, also: tuple[str, ...],
+    mixes: int, max_ratio: float, criteria: str, heal: str, joint: bool, iters: int | None, also: tuple[str, ...],
     pre_tokenizer: str | None, dissolve_groups: bool, out: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Build and measure MODEL (a folder or hub id, 16 bit) pruned and quantized in every way, at equal bytes.
@@ -86,5 +87,5 @@ def command(
     if ratios:
         found = sweep_ratios(passes, held_out, out, settings, parse_ratios(ratios), chosen, others)
     else:
-        found = sweep_budgets(passes, held_out, out, settings, budgets or "", chosen, max_ratio, mixes, others)
+        found = sweep_budgets(passes, held_out, out, settings, budgets or "", chosen, max_ratio, mixes, others, joint)
     click.echo(json.dumps(found.to_json()) if as_json else markdown(found))

@@ -58,6 +58,8 @@ class Frontier:
 
 def series_of(mix: Mix, experts: int) -> str:
     """The way in which a mix of ours was made."""
+    if mix.types:
+        return "joint, healed" if mix.healed else "joint"
     if mix.kept == experts:
         return ALL_EXPERTS
     return f"{mix.criterion}{', healed' if mix.healed else ''}, quantized"

@@ -34,13 +34,14 @@ class Budget:
 @dataclass(frozen=True)
 class Mix:
     """A format, how many experts stay, who chose them (``criterion``, "" where all stay) and whether they are healed.
-    ``bytes``: of tensor data, as predicted."""
+    ``bytes``: of tensor data, as predicted. ``types``: GGUF type by tensor, where the allocator chose them."""
 
     format: str
     kept: int
     bytes: int
     criterion: str = ""
     healed: bool = False
+    types: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -51,7 +52,7 @@ class Mix:
 
     @property
     def is_gguf(self) -> bool:
-        return self.format in DEFAULT_TYPES
+        return bool(self.types) or self.format in DEFAULT_TYPES
 
 
 def parse_budgets(text: str, spec: ModelSpec) -> list[Budget]:

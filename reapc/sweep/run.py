@@ -48,8 +48,12 @@ class Point:
 
     @staticmethod
     def of(value: dict[str, Any]) -> Point:
+        types = tuple((name, kind) for name, kind in value["mix"]["types"])
         return Point(
-            Mix(**value["mix"]), Sequences.of(value["figures"]), int(value["file_bytes"]), float(value["seconds"])
+            Mix(**{**value["mix"], "types": types}),
+            Sequences.of(value["figures"]),
+            int(value["file_bytes"]),
+            float(value["seconds"]),
         )
 
 
@@ -90,12 +94,17 @@ class Sweep:
         make_folder(out)
         self.passes, self.panel, self.out, self.progress, self.settings = passes, panel, out, progress, settings
         self.scores: Scores
+        self.reference: Path
         self.name = name
 
-    def run(self, mixes: Sequence[Mix], also: Sequence[tuple[str, Path]] = ()) -> dict[str, Point]:
-        """Points of all mixes by their names, and of the models of others by theirs."""
+    def observe(self) -> None:
+        """Scores with second moments, and the reference of the panel."""
         self.passes.cache = StageCache(self.out / "stages" / "observe", self.progress.log)
-        self.scores, reference = self.passes.observe(self.panel, self.name, None)
+        self.scores, self.reference = self.passes.observe(self.panel, self.name, None, moments=True)
+
+    def run(self, mixes: Sequence[Mix], also: Sequence[tuple[str, Path]] = ()) -> dict[str, Point]:
+        """Points of all mixes by their names, and of the models of others by theirs. ``observe`` comes first."""
+        reference = self.reference
         wanted = sorted(mixes, key=lambda mix: (mix.kept, mix.criterion, mix.healed, -mix.bytes))
         found: dict[str, Point] = {}
         with self.progress.task("sweep", len(wanted) + len(also), "points") as advance:
@@ -117,7 +126,8 @@ class Sweep:
         path = self.out / "points" / f"{name}-{digest_of(depends)[:12]}.json"
         return path, Point.of(json.loads(path.read_text())) if path.is_file() else None
 
-    def _common(self) -> dict[str, Any]:
+    def common(self) -> dict[str, Any]:
+        """What every figure of the sweep depends on."""
         model = self.passes.checkpoint
         return {
             "model": [model.digest, model.side_digest],
@@ -130,7 +140,7 @@ class Sweep:
     def _point(self, mix: Mix, reference: Path) -> Point:
         """One configuration, measured or read back."""
         tools: Any = llamacpp_version() if mix.is_gguf else quantizer.versions(quantizer.writer_for(_parsed(mix)))
-        depends = {**self._common(), "mix": asdict(mix), "iters": self.settings.iters, "tools": tools}
+        depends = {**self.common(), "mix": asdict(mix), "iters": self.settings.iters, "tools": tools}
         path, known = self._stored(mix.name, depends)
         if known is not None:
             return known
@@ -144,7 +154,7 @@ class Sweep:
         size = result_bytes(path)
         kept = Checkpoint(path).spec.num_experts if path.is_dir() else 0
         stat = path.stat()
-        depends = {**self._common(), "path": str(path.resolve()), "bytes": size, "time": stat.st_mtime_ns}
+        depends = {**self.common(), "path": str(path.resolve()), "bytes": size, "time": stat.st_mtime_ns}
         stored, known = self._stored(f"also-{digest_of(name)[:8]}", depends)
         if known is not None:
             return replace(known, mix=replace(known.mix, format=name))
@@ -183,7 +193,7 @@ class Sweep:
 
     def _quantized(self, mix: Mix, model: Staged) -> Path:
         if mix.is_gguf:
-            return self.passes.quantize_gguf(model, mix.format)
+            return self.passes.quantize_gguf(model, mix.format, types=dict(mix.types))
         fmt = _parsed(mix)
         if not fmt.quantized:
             return model.path

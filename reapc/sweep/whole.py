@@ -11,7 +11,6 @@ from reapc import __version__
 from reapc.checkpoint.atomic import write_text
 from reapc.errors import ReapcError
 from reapc.formats import weights
-from reapc.formats.gguf_types import DEFAULT_TYPES
 from reapc.healing import split
 from reapc.passes import Passes, llamacpp_version
 from reapc.report.frontier import Point as DrawnPoint
@@ -20,6 +19,7 @@ from reapc.report.frontier_page import frontier_page
 from reapc.stream.tokens import Tokens
 from reapc.sweep.frontier import Frontier, frontier, markdown, series_of
 from reapc.sweep.grid import Budget, Mix, at_budget, at_ratios, parse_budgets
+from reapc.sweep.joint import joint_mixes
 from reapc.sweep.panel import halves, kl_interval
 from reapc.sweep.run import Point, Settings, Sweep, expanded
 
@@ -28,15 +28,15 @@ Others = Sequence[tuple[str, Path]]
 
 def sweep_budgets(
     passes: Passes, panel: Tokens, out: Path, settings: Settings, budgets: str, formats: Sequence[str],
-    max_ratio: float, mixes: int, others: Others = (),
+    max_ratio: float, mixes: int, others: Others = (), joint: bool = False,
 ) -> Frontier:  # fmt: skip
-    """The frontier at ``budgets``, as ``parse_budgets`` reads them."""
+    """The frontier at ``budgets``, as ``parse_budgets`` reads them. ``joint``: with what the allocator chooses."""
     spec = passes.checkpoint.spec
     asked = parse_budgets(budgets, spec)
     grid: list[Mix] = []
     for budget in asked:
         grid += at_budget(spec, budget, formats, max_ratio=max_ratio, mixes=mixes, dissolve=settings.dissolve_groups)
-    return _swept(passes, panel, out, settings, grid, asked, others)
+    return _swept(passes, panel, out, settings, grid, asked, others, max_ratio if joint else None)
 
 
 def sweep_ratios(
@@ -50,17 +50,20 @@ def sweep_ratios(
 
 
 def _swept(
-    passes: Passes, panel: Tokens, out: Path, settings: Settings, grid: list[Mix], budgets: list[Budget], others: Others
-) -> Frontier:
+    passes: Passes, panel: Tokens, out: Path, settings: Settings, grid: list[Mix], budgets: list[Budget],
+    others: Others, joint_ratio: float | None = None,
+) -> Frontier:  # fmt: skip
     picking, reporting = halves(panel)
     if not len(picking) or not len(reporting):
         raise ReapcError("the panel has a single sequence; one half picks and the other reports", hint="give more")
     if True in settings.heal:
         split(passes.calibration)  # refuses too few sequences before anything is computed
     experts = passes.checkpoint.spec.num_experts
-    points = Sweep(passes, panel, out, passes.progress, settings, str(passes.checkpoint.folder)).run(
-        expanded(grid, experts, settings), others
-    )
+    sweep = Sweep(passes, panel, out, passes.progress, settings, str(passes.checkpoint.folder))
+    sweep.observe()
+    if joint_ratio is not None:
+        grid = [*grid, *joint_mixes(sweep, budgets, joint_ratio)]
+    points = sweep.run(expanded(grid, experts, settings), others)
     found = frontier(points, budgets, panel, experts, [name for name, _ in others])
     facts = _facts(passes, panel, settings, points)
     write_text(out / "sweep.json", json.dumps({**found.to_json(), **facts}, indent=2) + "\n")
@@ -75,7 +78,7 @@ def _draw(out: Path, points: dict[str, Point], experts: int, facts: dict[str, An
     for name, point in points.items():
         everything = point.figures.tokens > 0
         low, high = kl_interval(point.figures, everything) or (None, None)
-        ours = point.mix.format in DEFAULT_TYPES or weights.parse(point.mix.format) is not None
+        ours = point.mix.is_gguf or weights.parse(point.mix.format) is not None
         series = series_of(point.mix, experts) if ours else name
         kl = max(0.0, point.figures.mean(everything)[0])
         drawn.append(DrawnPoint(bytes=point.mix.bytes, kl=kl, label=name, low=low, high=high, series=series))
