@@ -37,6 +37,7 @@ from reapc.stream.run import compute_batch, ids_of
 from reapc.stream.tokens import Batch, Tokens
 
 SWEEPS = 4
+LEAST_GAIN = 0.02  # of what is lacking, for another sweep to be worth it
 _OWN_FILE = re.compile(r"^(identity|layer-\d+\.(json|safetensors))(\.partial)?$|^[a-z-]+(-[01])?\.bin$")
 
 
@@ -222,9 +223,13 @@ class Healing:
         changes = np.memmap(self.work / "changes.bin", np.float32, "w+", shape=shape)
         bases = self._bases(experts, places.width)
         before = [side.error() for side in self.sides]
+        lacks = before[1]
         for _ in range(SWEEPS):
             for expert, basis in bases.items():
                 self._visit(expert, basis, changes[expert], down)
+            last, lacks = lacks, self.choice.error()
+            if lacks > (1 - LEAST_GAIN) * last:
+                break
         after = [side.error() for side in self.sides]
         changed = sum(bool(change.any()) for change in changes)
         kept = bool(changed) and after[1] < before[1]
@@ -280,7 +285,7 @@ class Healing:
         step = (new - old).T
         for side in self.sides:
             for places, gated in side.gated(expert):
-                side.lacking[places] -= (gated @ step).numpy()
+                side.lower(places, gated @ step)
 
 
 def _gram(side: Side, expert: int) -> torch.Tensor | None:
@@ -294,5 +299,5 @@ def _gram(side: Side, expert: int) -> torch.Tensor | None:
 
 def _right(side: Side, expert: int) -> torch.Tensor:
     """Z^T R (width, hidden) of an expert that tokens were sent to."""
-    parts = (gated.T @ torch.from_numpy(side.lacking[places]) for places, gated in side.gated(expert))
+    parts = (gated.T @ side.lacking_at(places) for places, gated in side.gated(expert))
     return sum(parts, start=torch.zeros(()))

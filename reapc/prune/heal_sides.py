@@ -79,7 +79,15 @@ class Side:
         for start in range(0, len(places), CHUNK_PAIRS):
             chunk = places[start : start + CHUNK_PAIRS]
             first = run.start + start
-            yield chunk, torch.from_numpy(np.array(self._gated[first : first + len(chunk)]))
+            yield chunk, torch.from_numpy(self._gated[first : first + len(chunk)])
+
+    def lacking_at(self, places: np.ndarray) -> torch.Tensor:
+        """``lacking`` of some tokens, (tokens, hidden)."""
+        return torch.from_numpy(self.lacking).index_select(0, torch.from_numpy(places))
+
+    def lower(self, places: np.ndarray, by: torch.Tensor) -> None:
+        """Takes ``by`` (tokens, hidden) off ``lacking`` at some tokens, each named once."""
+        torch.from_numpy(self.lacking).index_add_(0, torch.from_numpy(places), by, alpha=-1)
 
     def keep(self, layer: int) -> None:
         """The pruned model's states behind ``layer`` become what they are with nothing lacking but ``lacking``."""
