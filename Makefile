@@ -41,6 +41,8 @@ bench: setup
 	$(BIN)/python benchmarks/llm_compressor.py
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/prune.py
+	$(BIN)/python benchmarks/heal.py
+	$(BIN)/python benchmarks/allocate.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/prune_damage.py
 	$(BIN)/python benchmarks/fit.py
