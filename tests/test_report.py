@@ -20,7 +20,7 @@ from reapc.report.page import build_page
 from reapc.report.write import write_report
 
 SECTIONS = [
-    "decision", "memory", "loss", "passages", "experts", "healing", "stability", "frontier", "provenance",
+    "decision", "memory", "allocation", "loss", "passages", "experts", "healing", "stability", "frontier", "provenance",
 ]  # fmt: skip
 
 
@@ -121,7 +121,7 @@ class TestOfABuild:
             assert "could not be drawn" not in page.text
             missing = [part for part in SECTIONS if "left-out" in section_html(folder, part)]
             # the recipe fixes experts and format, so nothing else was thought of
-            assert missing == ["decision", *(["healing"] if name == "plain" else []), "frontier"]
+            assert missing == ["decision", "allocation", *(["healing"] if name == "plain" else []), "frontier"]
 
     def test_strictly_nothing_fails(self, builds: dict[str, Path]) -> None:
         for folder in builds.values():
@@ -310,6 +310,23 @@ class TestLarge:
         for shown in words:
             assert shown in page.by_section["decision"]
         assert "chosen by greedy" in page.by_section["experts"]
+
+    def test_an_allocation_shows_the_types_of_every_layer(self, tmp_path: Path, capsys) -> None:
+        folder = write_large(tmp_path / "big", layers=2, experts=16, kept=12)
+        code, text, _ = run_main(capsys, "allocate", "zai-org/GLM-5", "--budget", "180GB", "--json")
+        assert code == 0
+        allocation = json.loads(text)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "allocation": allocation}))
+        write_report(folder, strict=True)
+        page = check_safe((folder / "report.html").read_text())
+        shown = page.by_section["allocation"]
+        for kind in set(allocation["groups"].values()):
+            assert kind in shown
+        assert f"{allocation['experts']} of 256 experts" in shown
+        assert f"{allocation['certificate']['lower_bound']:.4f}" in shown
+        # layers of the same types are one row
+        assert section_html(folder, "allocation").count("<tr") < 40
 
     def test_a_sweep_s_frontier_is_embedded(self, tmp_path: Path) -> None:
         from reapc.report.frontier import Point, write_points

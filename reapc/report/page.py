@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from reapc import __version__
-from reapc.report import loss, passages, sections, tables
+from reapc.report import allocation, loss, passages, sections, tables
 from reapc.report.data import BuildData, Missing
 from reapc.units import format_bytes
 
@@ -26,6 +26,7 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0
 _BUILD: tuple[tuple[str, str, Callable[[BuildData], dict[str, Any]]], ...] = (
     ("decision", "The decision", sections.decision),
     ("memory", "Memory", sections.memory),
+    ("allocation", "Bits by tensor", allocation.allocation),
     ("loss", "What was lost", loss.loss),
     ("passages", "Original and result side by side", passages.passages),
     ("experts", "Experts", sections.experts),
