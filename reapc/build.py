@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reapc import __version__
-from reapc.allocated import allocate_build, allocates
+from reapc.allocate.in_build import allocate_build, allocates
 from reapc.arch import ModelSpec
 from reapc.checkpoint.atomic import make_folder, remove, require_room
 from reapc.checkpoint.reader import Checkpoint

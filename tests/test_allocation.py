@@ -14,7 +14,7 @@ from gguf import quants
 from test_gguf import TOKENIZER, tools
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from reapc.allocation import (
+from reapc.allocate.allocation import (
     Measurement,
     budget_bytes,
     check_allocation,
@@ -26,6 +26,7 @@ from reapc.allocation import (
     read_allocation,
     stored_types,
 )
+from reapc.allocate.rounding import measure_errors
 from reapc.checkpoint.reader import Checkpoint
 from reapc.cli.main import cli
 from reapc.errors import CannotBeDone, ReapcError
@@ -36,7 +37,6 @@ from reapc.progress import Silent
 from reapc.quantize.ggml import quantized, rounded
 from reapc.quantize.gguf import check_types, convert, quantize, type_patterns
 from reapc.quantize.imatrix import entries_of, kept_entries, write_from_scores
-from reapc.quantize.rounding import measure_errors
 from reapc.stream.tokens import Tokens, write_tokens
 
 pytestmark = pytest.mark.skipif(

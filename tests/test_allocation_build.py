@@ -78,7 +78,7 @@ def question(model: str, target: str, **serve):
 def test_every_card_has_its_own_budget() -> None:
     """GLM-5 on eight cards: no card above what it has, the plan's bytes the allocation's, and less predicted loss than
     the uniform choice."""
-    from reapc.allocation import expert_bits, prior_only
+    from reapc.allocate.allocation import expert_bits, prior_only
 
     asked = question("zai-org/GLM-5", "rtx3090x8", context=32768)
     plan = answer(asked)

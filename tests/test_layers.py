@@ -18,6 +18,7 @@ PURE = (
 )  # fmt: skip
 PASSES = ("observe", "prune", "quantize", "verify")
 TOP = (
+    "allocate",
     "build",
     "choice",
     "cli",
@@ -46,6 +47,7 @@ FORBIDDEN = {
             "choice",
             "emit",
             "estimate",
+            "allocate",
             "healing",
             "passes",
             "sweep",

@@ -75,6 +75,7 @@ class TestGrid:
     def test_formats(self, spec) -> None:
         assert parse_formats("q4_k,gptq-w4g128", spec) == ("Q4_K_M", "gptq-w4g128")
         assert "IQ2_XXS" in parse_formats("auto", spec)
+        assert parse_formats("bf16,BF16", spec) == ("bf16", "BF16")  # a folder, and a GGUF file
         with pytest.raises(ReapcError, match="no such format"):
             parse_formats("q99", spec)
 

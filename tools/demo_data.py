@@ -39,8 +39,9 @@ class TokenData:
     sources: dict[str, str]
 
 
-def train_tokenizer(corpus: Corpus, seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of exactly ``VOCABULARY`` tokens, split as Qwen2 splits, from training text only."""
+def train_tokenizer(corpus: Corpus, seed: int, more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of exactly ``VOCABULARY`` tokens, split as Qwen2 splits, from training text only. ``more``:
+    special tokens that a converter looks for, beside the usual ones."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -52,7 +53,7 @@ def train_tokenizer(corpus: Corpus, seed: int) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=[*SPECIAL_TOKENS, *more],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -72,7 +73,7 @@ def train_tokenizer(corpus: Corpus, seed: int) -> PreTrainedTokenizerFast:
         bos_token=END_OF_TEXT,
         eos_token=TURN_END,
         pad_token=END_OF_TEXT,
-        additional_special_tokens=[TURN_START],
+        additional_special_tokens=[TURN_START, *more],
         chat_template=CHAT_TEMPLATE,
         model_max_length=MAX_POSITIONS,
         clean_up_tokenization_spaces=False,
@@ -112,14 +113,16 @@ def write_sequences(path: Path, rows: dict[str, np.ndarray]) -> None:
     save_file(tensors, path, metadata={"domains": json.dumps(list(rows))})
 
 
-def prepare(out: Path, work: Path, seed: int, say: Callable[[str], None] = print) -> TokenData:
+def prepare(
+    out: Path, work: Path, seed: int, say: Callable[[str], None] = print, special_tokens: tuple[str, ...] = ()
+) -> TokenData:
     """Write the tokenizer, held-out and calibration files to ``out``; keep the training streams in ``work``."""
     streams_path, sources_path = work / "streams.npz", work / "sources.json"
     if streams_path.exists() and sources_path.exists():
         with np.load(streams_path) as stored:
             return TokenData(dict(stored), json.loads(sources_path.read_text()))
     corpus = build_corpus(say)
-    tokenizer = train_tokenizer(corpus, seed)
+    tokenizer = train_tokenizer(corpus, seed, special_tokens)
     say(f"tokenizer: {len(tokenizer)} tokens")
     end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     held_out = {}

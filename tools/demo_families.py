@@ -76,12 +76,14 @@ def _move_biases(model: PreTrainedModel, chosen: dict[int, list[Tensor]]) -> Non
 
 @dataclass(frozen=True)
 class Family:
-    """``describe``: the model in a few words; ``loss``: see above; ``after_step``: with the choices of the step."""
+    """``describe``: the model in a few words; ``loss``: see above; ``after_step``: with the choices of the step;
+    ``special_tokens``: what llama.cpp's converter of the family looks for."""
 
     describe: str
     make: Callable[[], PreTrainedModel]
     loss: Callable[[PreTrainedModel, Tensor], tuple[Tensor, float]]
     after_step: Callable[[PreTrainedModel, dict[int, list[Tensor]]], None] | None = None
+    special_tokens: tuple[str, ...] = ()
 
     def build(self, seed: int) -> PreTrainedModel:
         """The model with random weights, in float32, on the fast expert routine."""
@@ -121,5 +123,6 @@ FAMILIES = {
         _glm4,
         _plain_loss,
         _move_biases,
+        ("[gMASK]", "<|user|>", "<|observation|>"),
     ),
 }

@@ -185,7 +185,7 @@ def main() -> int:
     figures = args.work / "training.json"
     try:
         args.work.mkdir(parents=True, exist_ok=True)
-        data = prepare(args.out, args.work, args.seed, _say)
+        data = prepare(args.out, args.work, args.seed, _say, FAMILIES[args.family].special_tokens)
         if not args.card_only:
             figures.write_text(json.dumps(train(args, data, _say)), encoding="utf-8")
             (args.work / "checkpoint.pt").unlink(missing_ok=True)

@@ -62,7 +62,7 @@ def command(
     --tokens as well, what they cost is measured in llama.cpp on real files, and so is the choice. MODEL alone is
     decided by the planner's prior, from its config.json.
     """
-    from reapc.allocation import allocation_json, budget_bytes, decide, prior_only
+    from reapc.allocate.allocation import allocation_json, budget_bytes, decide, prior_only
     from reapc.arch import known, load_config, model_spec
     from reapc.checkpoint.atomic import write_text
     from reapc.planner.question import kept_counts
@@ -115,7 +115,7 @@ def _measured(
     budget: int, progress: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Damages from scores and weights, and the decision. ``work`` keeps the unquantized GGUF and the probes."""
-    from reapc.allocation import decide, measured, prober_of
+    from reapc.allocate.allocation import decide, measured, prober_of
     from reapc.checkpoint.atomic import make_folder, require_room
     from reapc.quantize import gguf
     from reapc.stages import digest_of

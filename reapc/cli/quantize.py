@@ -105,7 +105,7 @@ def _to_gguf(
     pre_tokenizer: str | None,
     allocation: Path | None,
 ) -> dict[str, Any]:
-    from reapc.allocation import check_allocation, read_allocation
+    from reapc.allocate.allocation import check_allocation, read_allocation
     from reapc.checkpoint.atomic import make_folder, require_room
     from reapc.checkpoint.reader import Checkpoint
     from reapc.cli.progress import make_progress

@@ -97,18 +97,17 @@ def parse_formats(text: str, spec: ModelSpec) -> tuple[str, ...]:
         if part == "auto":
             found += USUAL_TYPES if spec.gguf_arch else ()
             continue
-        name = ALIASES.get(part.upper(), part.upper())
-        if name in DEFAULT_TYPES:
-            if spec.gguf_arch is None:
-                raise ReapcError(f"--formats {part}: llama.cpp does not know this architecture ({spec.model_type})")
-            found.append(name)
+        if (parsed := weights.parse(part)) is not None:  # in lower case: "bf16" is a folder, "BF16" a GGUF file
+            if reason := weights.misfit(parsed, spec):
+                raise ReapcError(f"--formats {part}: {reason}", hint=weights.dividing_groups(parsed, spec))
+            found.append(parsed.name)
             continue
-        parsed = weights.parse(part.lower())
-        if parsed is None:
+        name = ALIASES.get(part.upper(), part.upper())
+        if name not in DEFAULT_TYPES:
             raise ReapcError(f"--formats {part}: no such format", hint="`reapc formats` lists them")
-        if reason := weights.misfit(parsed, spec):
-            raise ReapcError(f"--formats {part}: {reason}", hint=weights.dividing_groups(parsed, spec))
-        found.append(parsed.name)
+        if spec.gguf_arch is None:
+            raise ReapcError(f"--formats {part}: llama.cpp does not know this architecture ({spec.model_type})")
+        found.append(name)
     return tuple(dict.fromkeys(found))
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from reapc import __version__
-from reapc.allocation import Damages, allocation_json, decide, measured
+from reapc.allocate.allocation import Damages, allocation_json, decide, measured
+from reapc.allocate.sensitivity import Prober
 from reapc.checkpoint.atomic import make_folder, remove, write_text
 from reapc.errors import CannotBeDone
 from reapc.planner.question import kept_counts
 from reapc.prune.criteria import CRITERIA
 from reapc.quantize.imatrix import entries_of
-from reapc.quantize.sensitivity import Prober
 from reapc.stages import StageCache, digest_of
 from reapc.sweep.grid import Budget, Mix
 from reapc.sweep.run import Sweep

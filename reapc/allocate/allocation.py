@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reapc.allocate.rounding import measure_errors
+from reapc.allocate.sensitivity import Probe, Prober, measured_pruning, measured_sensitivity
 from reapc.arch import ModelSpec
 from reapc.errors import ReapcError
 from reapc.formats.gguf_types import TYPES
@@ -31,8 +33,6 @@ from reapc.planner.tensor_groups import LADDER, WEIGHTED, FileParts, file_parts
 from reapc.progress import Progress
 from reapc.prune.criteria import choose, dropped_share, groups_of
 from reapc.quantize.imatrix import entries_of
-from reapc.quantize.rounding import measure_errors
-from reapc.quantize.sensitivity import Probe, Prober, measured_pruning, measured_sensitivity
 from reapc.stream.tokens import read_tokens
 from reapc.toolchain import find_llamacpp
 from reapc.units import parse_bytes

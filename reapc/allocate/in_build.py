@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from reapc import __version__
-from reapc.allocation import allocation_json, decide, measured
+from reapc.allocate.allocation import allocation_json, decide, measured
+from reapc.allocate.sensitivity import Prober
 from reapc.arch import ModelSpec
 from reapc.checkpoint.atomic import remove
 from reapc.checkpoint.reader import Checkpoint
@@ -23,7 +24,6 @@ from reapc.planner.devices import Devices
 from reapc.planner.question import from_recipe
 from reapc.planner.tensor_groups import file_parts
 from reapc.quantize.imatrix import entries_of
-from reapc.quantize.sensitivity import Prober
 from reapc.recipe import Recipe
 from reapc.stages import digest_of
 from reapc.stream.tokens import Tokens

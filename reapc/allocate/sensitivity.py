@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
 
+from reapc.allocate.rounding import Entries
 from reapc.checkpoint.atomic import remove, write_text
 from reapc.formats.gguf_types import fallback
 from reapc.observe.reference import SequenceReference
@@ -24,7 +25,6 @@ from reapc.progress import Progress
 from reapc.prune.gguf import GgufSource, prune_gguf
 from reapc.quantize import gguf
 from reapc.quantize.imatrix import kept_entries
-from reapc.quantize.rounding import Entries
 from reapc.stream.tokens import Tokens
 from reapc.verify.fidelity import Fidelity, measure
 from reapc.verify.gguf_logits import gguf_log_probs
