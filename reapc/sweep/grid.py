@@ -97,7 +97,8 @@ def parse_formats(text: str, spec: ModelSpec) -> tuple[str, ...]:
         if part == "auto":
             found += USUAL_TYPES if spec.gguf_arch else ()
             continue
-        if (parsed := weights.parse(part)) is not None:  # in lower case: "bf16" is a folder, "BF16" a GGUF file
+        parsed = weights.parse(part)
+        if parsed is not None and parsed.name == part:  # in lower case: "bf16" is a folder, "BF16" a GGUF file
             if reason := weights.misfit(parsed, spec):
                 raise ReapcError(f"--formats {part}: {reason}", hint=weights.dividing_groups(parsed, spec))
             found.append(parsed.name)
