@@ -218,6 +218,20 @@ def test_models_of_others_are_on_the_same_panel(project: Path, capsys, tmp_path:
     assert rows[ALL_EXPERTS]["kl"] > rows["them"]["kl"]
 
 
+def test_pruning_alone_at_ratios_in_folders_and_in_fp8(project: Path, capsys, tmp_path: Path) -> None:
+    """No GGUF: the streamed pass measures folders, unquantized and quantized."""
+    code, _, err = _sweep(
+        capsys, project, tmp_path / "o", "--ratios", "0,0.25", "--formats", "bf16,fp8", "--heal", "no", "--criteria",
+        "reap", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    points = json.loads((tmp_path / "o" / "sweep.json").read_text())["points"]
+    assert set(points) == {"bf16-12e", "fp8-12e", "bf16-9e-reap", "fp8-9e-reap"}
+    assert points["bf16-12e"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert 0 < points["fp8-12e"]["kl"] < points["bf16-9e-reap"]["kl"]
+    assert points["fp8-9e-reap"]["bytes"] < points["bf16-9e-reap"]["bytes"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -139,7 +139,10 @@ class Sweep:
 
     def _point(self, mix: Mix, reference: Path) -> Point:
         """One configuration, measured or read back."""
-        tools: Any = llamacpp_version() if mix.is_gguf else quantizer.versions(quantizer.writer_for(_parsed(mix)))
+        tools: Any = llamacpp_version()
+        if not mix.is_gguf:
+            fmt = _parsed(mix)
+            tools = quantizer.versions(quantizer.writer_for(fmt)) if fmt.quantized else {}
         depends = {**self.common(), "mix": asdict(mix), "iters": self.settings.iters, "tools": tools}
         path, known = self._stored(mix.name, depends)
         if known is not None:
