@@ -20,6 +20,7 @@ from models import make_checkpoint
 
 from reapc.checkpoint.reader import Checkpoint
 from reapc.progress import Silent
+from reapc.prune import heal
 from reapc.prune.heal import Healing
 from reapc.prune.rewrite import prune
 from reapc.stream.model import StreamedModel
@@ -44,6 +45,7 @@ def main() -> int:
     args = parser.parse_args()
     choosing = max(1, args.sequences // 6)
     fit, choice = tokens_of(args.sequences - choosing, 0), tokens_of(choosing, 1)
+    heal.LEAST_GAIN = float("-inf")  # every sweep, which a random model would not be found worth
     forward, healing = [], []
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR"), prefix="reapc-bench-") as place:
         root = Path(place)
@@ -57,6 +59,7 @@ def main() -> int:
         pruned = Checkpoint(root / "pruned")
         for number in range(args.rounds):
             model = StreamedModel(original)
+            (root / f"plain-{number}").mkdir()
             start = time.perf_counter()
             sets = [
                 (states_of(model, part, root / f"plain-{number}", f"plain-{i}"), False)

@@ -36,7 +36,7 @@ from reapc.stream.model import Forward, StreamedModel
 from reapc.stream.run import compute_batch, ids_of
 from reapc.stream.tokens import Batch, Tokens
 
-SWEEPS = 4
+SWEEPS = 2
 LEAST_GAIN = 0.02  # of what is lacking, for another sweep to be worth it
 _OWN_FILE = re.compile(r"^(identity|layer-\d+\.(json|safetensors))(\.partial)?$|^[a-z-]+(-[01])?\.bin$")
 
