@@ -193,7 +193,8 @@ def test_a_sweep_measures_the_grid_and_goes_on_where_it_was(project: Path, capsy
     assert any(name.startswith("joint") for name in rows)
     assert all(row["low"] is None for row in rows.values())  # four sequences report: too few to say
     assert rows[OURS]["kl"] == min(row["kl"] for row in rows.values() if row["point"] == rows[OURS]["point"])
-    assert not list((out / "stages").glob("*e*-*"))  # nothing that was built is left
+    assert [path.name for path in (out / "stages").iterdir()] == ["observe"]  # nothing that was built is left
+    assert not list((out / "stages").rglob("*.gguf"))
     assert (out / "frontier.md").read_text().count("\n| 5 bpw |") == len(rows)
 
     drawn = json.loads((out / "frontier.json").read_text())

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reapc.report import frontier as front
+from reapc.report.frontier_section import frontier_table
 from reapc.report.page import render, section
-from reapc.report.sections import frontier_table
 
 
 def frontier_page(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from reapc import __version__
-from reapc.report import allocation, loss, passages, sections, tables
+from reapc.report import allocation, frontier_section, loss, passages, sections, tables
 from reapc.report.data import BuildData, Missing
 from reapc.units import format_bytes
 
@@ -32,7 +32,7 @@ _BUILD: tuple[tuple[str, str, Callable[[BuildData], dict[str, Any]]], ...] = (
     ("experts", "Experts", sections.experts),
     ("healing", "Healing", sections.healing),
     ("stability", "How stable the choice is", sections.stability),
-    ("frontier", "The frontier", sections.frontier),
+    ("frontier", "The frontier", frontier_section.frontier),
     ("provenance", "Provenance", sections.provenance),
 )
 

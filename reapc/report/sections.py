@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reapc.plan import Candidate, Plan
-from reapc.report import frontier as front
 from reapc.report import tables
-from reapc.report.data import FRONTIER, BuildData, Missing
+from reapc.report.data import BuildData, Missing
 from reapc.report.devices import equal_devices, names_of
 from reapc.report.heatmap import heat_map, legend
 from reapc.report.svg import Plot, bar, figures
@@ -323,37 +322,6 @@ def _thousands(value: float) -> str:
         if value >= power:
             return f"{value / power:g}{letter}"
     return f"{value:g}"
-
-
-def frontier(data: BuildData) -> dict[str, Any]:
-    """Where this build lies among all that were measured on one panel."""
-    path = data.siblings / FRONTIER
-    if not path.is_file():
-        raise Missing("This build is no part of a sweep, so there is no frontier to draw it on.")
-    try:
-        points = front.read_points(path)
-        plot = front.frontier(points)
-    except ValueError as error:
-        raise Missing(f"{path.name} in the folder above cannot be drawn: {str(error).splitlines()[0]}") from error
-    return {"plot": plot, **frontier_table(points)}
-
-
-def frontier_table(points: Sequence[front.Point]) -> dict[str, Any]:
-    """What stands beside the plot: the series, and every point."""
-    rows = [
-        [
-            ("this build: " if p.here else "") + p.label, p.series or tables.NONE, tables.size(p.bytes),
-            tables.kl(p.kl),
-            tables.ends((p.low, p.high) if p.low is not None and p.high is not None else None),
-        ]
-        for p in sorted(points, key=lambda p: (p.bytes, p.kl))
-    ]  # fmt: skip
-    head = ("configuration", "series", "bytes", "KL", "95 % interval")
-    return {
-        "legend": front.legend(points),
-        "here": any(point.here for point in points),
-        "points": Table("All points", head, rows, (0, 1)),
-    }
 
 
 def provenance(data: BuildData) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from reapc import __version__
 from reapc.allocate.allocation import Damages, allocation_json, decide, measured
 from reapc.allocate.sensitivity import Prober
 from reapc.checkpoint.atomic import make_folder, remove, write_text
@@ -33,7 +32,8 @@ def joint_mixes(sweep: Sweep, budgets: Sequence[Budget], max_ratio: float) -> li
     counts = kept_counts(spec, max_ratio=max_ratio, dissolve_groups=dissolve)
     named = [criterion for criterion in sweep.settings.criteria if criterion in CRITERIA]
     criterion = named[-1] if named else "reap"
-    passes.cache = StageCache(sweep.out / "stages" / "observe", sweep.progress.log)
+    work = sweep.out / "stages" / "joint"
+    passes.cache = StageCache(work, sweep.progress.log)
     made: tuple[Damages, Prober] | None = None
 
     def damages() -> tuple[Damages, Prober]:
@@ -42,7 +42,7 @@ def joint_mixes(sweep: Sweep, budgets: Sequence[Budget], max_ratio: float) -> li
         text = passes.calibration
         rows = np.unique(np.linspace(0, text.sequences - 1, min(SEQUENCES, text.sequences)).round().astype(np.int64))
         prober = Prober(
-            base, text.take(rows), entries_of(sweep.scores, spec), sweep.out / "stages" / "probes", sweep.progress,
+            base, text.take(rows), entries_of(sweep.scores, spec), work / "probes", sweep.progress,
             os.cpu_count() or 1,
         )  # fmt: skip
         found = measured(spec, base, sweep.scores, counts, criterion, sweep.progress, prober=prober, dissolve=dissolve)
@@ -50,7 +50,7 @@ def joint_mixes(sweep: Sweep, budgets: Sequence[Budget], max_ratio: float) -> li
 
     found: list[Mix] = []
     for budget in budgets:
-        depends = {**sweep.common(), "budget": budget.bytes, "counts": counts, "criterion": criterion, "r": __version__}
+        depends = {**sweep.common(), "budget": budget.bytes, "counts": counts, "criterion": criterion}
         path = sweep.out / "allocations" / f"{digest_of(depends)[:16]}.json"
         if not path.is_file():
             made = made or damages()
@@ -64,7 +64,7 @@ def joint_mixes(sweep: Sweep, budgets: Sequence[Budget], max_ratio: float) -> li
             make_folder(path.parent)
             write_text(path, json.dumps(chosen, indent=2) + "\n")
         found.append(_mix(budget, json.loads(path.read_text())))
-    remove(sweep.out / "stages" / "probes")
+    remove(work)
     return found
 
 

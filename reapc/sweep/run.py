@@ -28,6 +28,8 @@ from reapc.sweep.panel import Sequences, by_sequence
 from reapc.verify.fidelity import log_probs, vocabulary_of
 from reapc.verify.fit import result_bytes
 
+OBSERVED = "observe"  # the stages that every configuration needs, and the next sweep
+
 
 @dataclass(frozen=True)
 class Point:
@@ -99,7 +101,7 @@ class Sweep:
 
     def observe(self) -> None:
         """Scores with second moments, and the reference of the panel."""
-        self.passes.cache = StageCache(self.out / "stages" / "observe", self.progress.log)
+        self.passes.cache = StageCache(self.out / "stages" / OBSERVED, self.progress.log)
         self.scores, self.reference = self.passes.observe(self.panel, self.name, None, moments=True)
 
     def run(self, mixes: Sequence[Mix], also: Sequence[tuple[str, Path]] = ()) -> dict[str, Point]:
@@ -119,6 +121,9 @@ class Sweep:
             for name, path in also:
                 found[name] = self._other(name, path, reference)
                 advance(1)
+        for left in (self.out / "stages").iterdir():  # by an interrupted sweep of another grid
+            if left.name != OBSERVED:
+                remove(left)
         return found
 
     def _stored(self, name: str, depends: dict[str, Any]) -> tuple[Path, Point | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reapc import __version__
-from reapc.checkpoint.atomic import write_text
+from reapc.checkpoint.atomic import locked, write_text
 from reapc.errors import ReapcError
 from reapc.formats import weights
 from reapc.healing import split
@@ -60,10 +60,11 @@ def _swept(
         split(passes.calibration)  # refuses too few sequences before anything is computed
     experts = passes.checkpoint.spec.num_experts
     sweep = Sweep(passes, panel, out, passes.progress, settings, str(passes.checkpoint.folder))
-    sweep.observe()
-    if joint_ratio is not None:
-        grid = [*grid, *joint_mixes(sweep, budgets, joint_ratio)]
-    points = sweep.run(expanded(grid, experts, settings), others)
+    with locked(out / "sweep.lock"):
+        sweep.observe()
+        if joint_ratio is not None:
+            grid = [*grid, *joint_mixes(sweep, budgets, joint_ratio)]
+        points = sweep.run(expanded(grid, experts, settings), others)
     found = frontier(points, budgets, panel, experts, [name for name, _ in others])
     facts = _facts(passes, panel, settings, points)
     write_text(out / "sweep.json", json.dumps({**found.to_json(), **facts}, indent=2) + "\n")
