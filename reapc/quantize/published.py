@@ -43,7 +43,7 @@ def open_source(source: Path, fmt: WeightFormat, out: Path) -> Checkpoint:
         raise ReapcError(
             f"{checkpoint.folder}: {fmt.name}: {reason}", hint=weights.dividing_groups(fmt, checkpoint.spec)
         )
-    require_room(out.parent, 3 * weights.checkpoint_bytes(fmt, checkpoint.spec), f"the {fmt.name} checkpoint")
+    require_room(out.parent, 3 * weights.checkpoint_bytes(fmt, checkpoint.spec), f"the {fmt.label} checkpoint")
     return checkpoint
 
 
