@@ -2,8 +2,8 @@
 
 A format covers every linear layer of the decoder, attention and shared experts included; embeddings, head, router,
 norms and vision stay as they are. The suffix ``:experts`` limits it to the routed experts; ``+PART=BITS`` gives a part
-of the model another width, ``+PART=BITSgGROUP`` another group size too (``Override``). Layouts as vLLM 0.33 reads and the quantizers write them
-(facts/vllm-legality.md, facts/quantizers.md).
+of the model another width, ``+PART=BITSgGROUP`` another group size too (``Override``). Layouts as vLLM 0.33 reads and
+the quantizers write them (facts/vllm-legality.md, facts/quantizers.md).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ Method = Literal["plain", "fp8-block", "fp8", "int8", "gptq", "auto-round", "ct"
 GROUPS = (32, 64, 128)
 EXPERTS_ONLY = ":experts"
 FP8_BLOCK = 128
+SIDE = 32  # AutoRound and GPTQModel leave a linear alone whose sides are no multiple of it
 KEPT_BITS = 16  # the width of an override that leaves its part in the checkpoint's own dtype
 PARTS: dict[str, Role] = {"attention": "attention", "shared_experts": "shared_expert", "dense": "dense_mlp"}
 # What may be named inside layers: the experts of a layer are one part, which no override divides.
@@ -259,13 +260,13 @@ def with_overrides(fmt: WeightFormat, overrides: tuple[Override, ...]) -> Weight
 
 def _override(name: str, text: str, fmt: WeightFormat) -> Override:
     match = _OVERRIDE.match(text)
-    first, last, inner, part, width, size = match.groups() if match else (None,) * 6
+    first, last, inner, part, width, size = match.groups("") if match else ("",) * 6
     wrong = (inner and inner not in LAYER_PARTS) or (part and part not in PARTS) or (last and int(last) < int(first))
-    if width is None or wrong:
+    if not width or wrong:
         raise ReapcError(
             f"format {name!r}: {text!r} is not PART=BITS",
-            hint=f"PART is layers.N, layers.A-B, {', '.join(PARTS)}, or layers.N.PART (there also experts); for example "
-            "+attention=8, +layers.0-1=8 or +layers.3.experts=3g64",
+            hint=f"PART is layers.N, layers.A-B, {', '.join(PARTS)}, or layers.N.PART (there also experts); for "
+            "example +attention=8, +layers.0-1=8 or +layers.3.experts=3g64",
         )
     bits, group = int(width), int(size or 0)
     allowed = _BITS.get(fmt.method, (fmt.bits,))
@@ -279,7 +280,7 @@ def _override(name: str, text: str, fmt: WeightFormat) -> Override:
         raise ReapcError(f"format {name!r}: {text!r}: group sizes here: {sizes}", hint=f"{text.rpartition('g')[0]!r}")
     if part:
         return Override(part, 0, EVERY, bits, group)
-    return Override(inner or "", int(first or 0), int(last or first or 0), bits, group)
+    return Override(inner, int(first), int(last or first), bits, group)
 
 
 def placed_groups(fmt: WeightFormat, spec: ModelSpec) -> Iterator[tuple[TensorGroup, int | None, int]]:
