@@ -83,7 +83,7 @@ def test_every_card_has_its_own_budget() -> None:
     asked = question("zai-org/GLM-5", "rtx3090x8", context=32768)
     plan = answer(asked)
     damages = prior_only(asked.spec, asked.counts)
-    devices = Devices(plan, asked.spec, asked.target)
+    devices = Devices(plan, asked.spec, asked.target, asked.serve)
     found = allocate(devices.budgets(damages.problem(0), damages.parts))
     groups = {g.name: LADDER[o] for g, o in zip(damages.parts.groups, found.best.options, strict=True)}
     bits = expert_bits(damages, asked.spec, found.best)[0]
@@ -106,4 +106,4 @@ def test_offloaded_experts_are_refused() -> None:
     plan = answer(replace(asked, target=target))
     assert plan.chosen.placement.offloaded_layers
     with pytest.raises(CannotBeDone, match="beside the cards"):
-        Devices(plan, asked.spec, target)
+        Devices(plan, asked.spec, target, asked.serve)

@@ -18,6 +18,7 @@ from reapc.allocate.rounding import measure_errors
 from reapc.allocate.sensitivity import Measures, Probe, Prober, measured_pruning, measured_sensitivity
 from reapc.arch import ModelSpec
 from reapc.errors import ReapcError
+from reapc.formats import weights
 from reapc.formats.gguf_types import TYPES
 from reapc.observe.scores import Scores
 from reapc.planner import prior
@@ -367,26 +368,40 @@ def read_allocation(path: Path) -> dict[str, Any]:
         raise ReapcError(f"{path}: not JSON: {error}", hint="`reapc allocate --out` writes one") from error
     if not isinstance(data, dict) or data.get("reapc_allocation") != FORMAT:
         raise ReapcError(f"{path}: no allocation of this version (reapc_allocation = {FORMAT!r} expected)")
+    if data.get("engine") == "vllm":
+        fmt = weights.parse(data["format"]) if isinstance(data.get("format"), str) else None
+        if fmt is None:
+            raise ReapcError(f"{path}: format = {data.get('format')!r}: a format of `reapc formats` is expected")
+        return _with_count(data, path)
     types = data.get("types")
     if not isinstance(types, dict) or not types or not all(kind in TYPES for kind in types.values()):
         raise ReapcError(f"{path}: types: tensor names with ggml types are expected")
+    return _with_count(data, path)
+
+
+def _with_count(data: dict[str, Any], path: Path) -> dict[str, Any]:
     if type(data.get("experts")) is not int:
         raise ReapcError(f"{path}: experts = {data.get('experts')!r}: a count is expected")
     return data
 
 
-def check_allocation(data: Mapping[str, Any], spec: ModelSpec, where: Path, imatrix: bool = True) -> None:
-    """ReapcError unless the model has just the experts and the tensors that were allocated for, and there is an
-    importance matrix where a type needs one."""
-    needs = sorted(set(data["types"].values()) & WEIGHTED)
-    if needs and not imatrix:
-        raise ReapcError(f"{where}: {', '.join(needs)} cannot be written with --no-imatrix", hint="leave it out")
+def check_count(data: Mapping[str, Any], spec: ModelSpec, where: Path) -> None:
+    """ReapcError unless the model has just the experts that were allocated for."""
     if data["experts"] != spec.num_experts:
         raise ReapcError(
             f"{where}: made for {data['experts']} experts, the model has {spec.num_experts}",
             hint=f"prune it first: reapc prune MODEL --scores SCORES --experts {data['experts']} "
             f"--criterion {data.get('criterion', 'reap')} --out DIR",
         )
+
+
+def check_allocation(data: Mapping[str, Any], spec: ModelSpec, where: Path, imatrix: bool = True) -> None:
+    """ReapcError unless the model has just the experts and the tensors that were allocated for in GGUF, and there is an
+    importance matrix where a type needs one."""
+    needs = sorted(set(data["types"].values()) & WEIGHTED)
+    if needs and not imatrix:
+        raise ReapcError(f"{where}: {', '.join(needs)} cannot be written with --no-imatrix", hint="leave it out")
+    check_count(data, spec, where)
     parts = file_parts(spec)
     names = {tensor.name for group in parts.groups for tensor in group.tensors}
     if names != set(data["types"]):

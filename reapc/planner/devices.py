@@ -148,10 +148,11 @@ def carried(plan: Plan, spec: ModelSpec, taken: Taken, placement: Placement, nam
             **bytes_,
         }
     )
+    how = "tensor by tensor" if old.engine == "llama.cpp" else "part by part"
     cache = f" and a {taken.kv} KV cache" if taken.kv != old.kv_dtype else ""
     was = f" and a {old.kv_dtype} one" if taken.kv != old.kv_dtype else ""
     reason = (
-        f"Types were allocated part by part, {taken.bits:.2f} bits per kept expert weight{cache}: the uniform choice "
+        f"Types were allocated {how}, {taken.bits:.2f} bits per kept expert weight{cache}: the uniform choice "
         f"was {old.format} with {old.experts_kept} experts{was}."
     )
     return plan.model_copy(update={"chosen": chosen, "reasons": (reason, *plan.reasons)})
