@@ -313,7 +313,7 @@ class Build:
             "kept": {str(layer): experts for layer, experts in kept.items()},
             "never_routed": {str(layer): experts for layer, experts in scores.never_routed().items()},
             "stability": self.stability,
-            "format": "allocated" if self.allocation else plan.chosen.format,
+            "format": plan.chosen.format,
             "as_stored": self.requirements.copies(plan.chosen),
             "engine": plan.chosen.engine,
             "choice": self.choice,

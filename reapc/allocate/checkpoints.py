@@ -122,9 +122,17 @@ def decide_methods(
     """The decision in the method that holds the choice with the least predicted damage, under what the cards have left,
     and what the best of each method is predicted to lose. CannotBeDone where nothing fits in any."""
 
-    def problem(damages: Damages) -> Problem:
+    made: dict[int, Problem] = {}
+
+    def problem_of(damages: Damages) -> Problem:
         assert isinstance(damages.parts, CheckpointParts)
-        return cards.budgets(damages.problem(0), damages.parts, damages.types)
+        place = next((i for i, own in enumerate(found) if own is damages), None)  # corrected ones are asked for once
+        if place is None or place not in made:
+            problem = cards.budgets(damages.problem(0), damages.parts, damages.types)
+            if place is None:
+                return problem
+            made[place] = problem
+        return made[place]
 
     losses: dict[str, float] = {}
     best: Damages | None = None
@@ -132,7 +140,7 @@ def decide_methods(
     for damages in found:
         assert isinstance(damages.parts, CheckpointParts)
         try:
-            loss = allocate(problem(damages)).best.damage
+            loss = allocate(problem_of(damages)).best.damage
         except CannotBeDone as error:
             failed = failed or error
             continue
@@ -142,4 +150,4 @@ def decide_methods(
     if best is None:
         assert failed is not None
         raise failed
-    return best, decide(best, problem, prober, rounds), losses
+    return best, decide(best, problem_of, prober, rounds), losses

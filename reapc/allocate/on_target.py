@@ -25,7 +25,7 @@ from reapc.plan import Plan
 from reapc.planner.cards import Cards
 from reapc.planner.devices import Devices
 from reapc.planner.fit import Wish, question_of
-from reapc.planner.question import Question, auto_pairs, kept_counts
+from reapc.planner.question import Question, auto_pairs, kept_counts, native_format
 from reapc.planner.search import answer
 from reapc.planner.tensor_groups import FileParts
 from reapc.progress import Progress
@@ -62,6 +62,11 @@ class OnTarget:
         )
         self.dissolve = dissolve
         self.plan: Plan = answer(self.question)
+        if self.engine == "vllm" and (published := native_format(spec)) is not None:
+            raise CannotBeDone(
+                f"{model} is published in {published}: widths are allocated of a checkpoint in 16 bit",
+                hint="take its 16 bit original, or --engine llama.cpp",
+            )
         if not rounds(self.plan):
             raise CannotBeDone(
                 f"{model} fits {target.name} in {self.plan.chosen.format} with {self.plan.chosen.experts_kept} "

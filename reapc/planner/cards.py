@@ -34,6 +34,7 @@ class Cards:
         self.stages = place.layers_per_device
         self.slow = vllm.SLOW in place.notes
         self.stage_of = [stage for stage, count in enumerate(self.stages) for _ in range(count)]
+        self._known: dict[tuple[str, str, tuple[int, ...]], Ints] = {}
         self._kinds: dict[TensorGroup, LayerKind] = {
             group: layer.kind for layer in question.spec.layers for group in layer.kind.tensors
         }
@@ -107,22 +108,30 @@ class Cards:
             fixed += vllm.copied_keys(fmt, layer, tp, ep, vllm.heads_of(layer, self.question.spec), unit.layer)
         return lambda count: fixed + each * -(-count // ep)
 
+    def _free(self, parts: CheckpointParts, kv: str, counts: tuple[int, ...]) -> Ints:
+        """(counts, stages) bytes that are free on a card with every unit in 16 bit; less than none where it is full."""
+        drafting = (
+            parts.method if self.question.serve.speculative == "mtp" else ""
+        )  # only what drafts differs by method
+        key = (drafting, kv, counts)
+        if key not in self._known:
+            sizes, tp = self._sizes(parts.unquantized, kv), self.layout.tp
+            rows = [sizes.placed(self.layout, count, self.stages).devices for count in counts]
+            free = [[devices[stage * tp].free_bytes for stage in range(self.layout.pp)] for devices in rows]
+            self._known[key] = np.array(free, np.int64)
+        return self._known[key]
+
     def budgets(self, problem: Problem, parts: CheckpointParts, types: tuple[str, ...]) -> Problem:
         """``problem`` with the bytes of a rank and what the cards of each stage have left for the units, beside a cache
         of every type."""
         counts = problem.experts.tolist()
-        kept = parts.unquantized
         whole = parts.tabulate(counts, (KEPT,), self.rank_bytes)[:, :, 0]
         stage = np.array([self.stage_of[unit.layer] for unit in parts.groups])
         units = np.stack([whole[:, stage == index].sum(axis=1) for index in range(self.layout.pp)], axis=1)
 
         def beside(kind: str) -> Ints:
-            sizes = self._sizes(kept, kind)
-            rows = []
-            for case, count in enumerate(counts):
-                devices = sizes.placed(self.layout, count, self.stages).devices[:: self.layout.tp][: self.layout.pp]
-                rows.append([device.free_bytes + int(own) for device, own in zip(devices, units[case], strict=True)])
-            return np.array(rows, np.int64)
+            left: Ints = self._free(parts, kind, tuple(counts)) + units
+            return left
 
         caches = self.caches()
         placed = replace(
