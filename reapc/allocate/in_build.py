@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from reapc.planner.cards import Cards
 from reapc.planner.checkpoint_units import CheckpointParts
 from reapc.planner.devices import Devices, Taken
 from reapc.planner.question import Question, from_recipe
+from reapc.planner.search import served_counts
 from reapc.planner.tensor_groups import FileParts, file_parts
 from reapc.prune.criteria import groups_of
 from reapc.quantize import checkpoint as quantizer
@@ -96,6 +97,7 @@ def allocate_build(
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan with the allocation's count, KV type and bytes, and the allocation as in its file."""
     question = from_recipe(recipe, checkpoint.spec, recipe.model.source, buildable=True)
+    question = replace(question, counts=served_counts(plan.chosen.engine, checkpoint.spec, question.counts))
     rows = np.unique(np.linspace(0, calibration.sequences - 1, min(SEQUENCES, calibration.sequences)).round())
     text = calibration.take(rows.astype(np.int64))
     kept = _kept(recipe, plan, checkpoint, scores, calibration, passes, question.counts)

@@ -26,7 +26,7 @@ from reapc.planner.cards import Cards
 from reapc.planner.devices import Devices
 from reapc.planner.fit import Wish, question_of
 from reapc.planner.question import Question, auto_pairs, kept_counts, native_format
-from reapc.planner.search import answer
+from reapc.planner.search import answer, served_counts
 from reapc.planner.tensor_groups import FileParts
 from reapc.progress import Progress
 from reapc.prune.criteria import groups_of
@@ -62,6 +62,8 @@ class OnTarget:
         )
         self.dissolve = dissolve
         self.plan: Plan = answer(self.question)
+        counts = served_counts(self.plan.chosen.engine, spec, self.question.counts)
+        self.question = replace(self.question, counts=counts)
         if self.engine == "vllm" and (published := native_format(spec)) is not None:
             raise CannotBeDone(
                 f"{model} is published in {published}: widths are allocated of a checkpoint in 16 bit",

@@ -250,13 +250,16 @@ def _show(found: dict[str, Any]) -> None:
         click.echo(
             f"built with {row['experts']} experts: KL {row['measured_kl']:.4f}, {row['predicted_kl']:.4f} predicted"
         )
+    cases = "expert counts and KV types" if found["kv_dtype"] else "expert counts"
     click.echo(
-        f"certificate: of {proof['counts_compared']} expert counts none can be predicted below "
+        f"certificate: of {proof['counts_compared']} {cases} none can be predicted below "
         f"{proof['lower_bound']:.6f}; the best found is {proof['best_predicted_kl']:.6f} "
         f"({proof['relative_gap']:.2%} above, {proof['proved_by']})"
     )
     for row in found["runners_up"]:
-        click.echo(f"next: {row['experts']} experts, {format_bytes(row['data_bytes'])}, KL {row['predicted_kl']:.4f}")
+        cache = f", {row['kv_dtype']} KV cache" if row["kv_dtype"] else ""
+        size = format_bytes(row["data_bytes"])
+        click.echo(f"next: {row['experts']} experts, {size}{cache}, KL {row['predicted_kl']:.4f}")
     for part, counts in _by_part(found).items():
         click.echo(f"{part}: " + ", ".join(f"{count} x {kind}" for kind, count in counts.most_common()))
     if "methods" in found:
