@@ -13,10 +13,10 @@ import torch
 from conftest import make_glm4, make_model, make_project, make_tokens, run_main
 from specs import demo_spec, qwen30b
 
-from reapc.allocate.allocation import read_allocation
 from reapc.allocate.checkpoints import decide_methods, measured_checkpoints, prior_checkpoints, probed_parts
 from reapc.allocate.masks import by_criterion, by_measuring
 from reapc.allocate.on_target import OnTarget
+from reapc.allocate.record import read_allocation
 from reapc.allocate.streamed import StreamedProber
 from reapc.allocate.unit_rounding import measure_unit_errors
 from reapc.arch import ModelSpec, known

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from reapc import __version__
-from reapc.allocate.allocation import allocation_json, decide, measured
+from reapc.allocate.allocation import decide, measured
 from reapc.allocate.checkpoints import decide_methods, measured_checkpoints, prober_of_checkpoint
 from reapc.allocate.masks import Kept, by_criterion, by_measuring
+from reapc.allocate.record import allocation_json
 from reapc.allocate.sensitivity import Prober, probed_counts
 from reapc.checkpoint.atomic import remove
 from reapc.checkpoint.reader import Checkpoint
@@ -29,7 +30,7 @@ from reapc.passes import Passes, Staged
 from reapc.plan import Plan
 from reapc.planner.cards import Cards
 from reapc.planner.checkpoint_units import CheckpointParts
-from reapc.planner.devices import Devices, Taken
+from reapc.planner.devices import Devices, Taken, cache_name
 from reapc.planner.question import Question, from_recipe
 from reapc.planner.search import served_counts
 from reapc.planner.tensor_groups import FileParts, file_parts
@@ -212,7 +213,7 @@ def _taken(found: dict[str, Any]) -> Taken:
 
 def _say(wanted: _Wanted, found: dict[str, Any]) -> None:
     uniform = wanted.plan.chosen
-    cache = f" and a {found['kv_dtype']} KV cache" if found["kv_dtype"] != uniform.kv_dtype else ""
+    cache = f" and {cache_name(found['kv_dtype'])}" if found["kv_dtype"] != uniform.kv_dtype else ""
     wanted.passes.progress.log(
         f"allocate: {found['experts']} experts, {found['bits_per_kept_expert_weight']:.2f} bits per kept expert "
         f"weight{cache}; the uniform choice was {uniform.format} with {uniform.experts_kept} experts"

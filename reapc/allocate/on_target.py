@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reapc.allocate.allocation import Damages, allocation_json, decide
+from reapc.allocate.allocation import Damages, decide
 from reapc.allocate.checkpoints import (
     decide_methods,
     measured_checkpoints,
@@ -16,6 +16,7 @@ from reapc.allocate.checkpoints import (
 )
 from reapc.allocate.in_build import rounds
 from reapc.allocate.masks import by_criterion
+from reapc.allocate.record import allocation_json
 from reapc.allocate.sensitivity import Measures
 from reapc.arch import ModelSpec
 from reapc.checkpoint.reader import Checkpoint

@@ -152,7 +152,8 @@ class _Asked:
 
 def _under_budget(asked: _Asked, budget: str) -> dict[str, Any]:
     """A GGUF file of so many bytes."""
-    from reapc.allocate.allocation import allocation_json, budget_bytes, decide
+    from reapc.allocate.allocation import budget_bytes, decide
+    from reapc.allocate.record import allocation_json
     from reapc.planner.question import kept_counts
     from reapc.planner.tensor_groups import LADDER, file_parts
 
@@ -224,6 +225,7 @@ def _of_gguf(asked: _Asked, spec: Any, checkpoint: Any, scores: Any, counts: tup
 
 
 def _show(found: dict[str, Any]) -> None:
+    from reapc.planner.devices import cache_name
     from reapc.units import format_bytes
 
     proof, source = found["certificate"], found["predicted"]["source"]
@@ -233,7 +235,7 @@ def _show(found: dict[str, Any]) -> None:
         uniform = found["uniform"]
         click.echo(
             f"{found['engine']} on {found['target']}; chosen uniformly: {uniform['format']} with {uniform['experts']} "
-            f"experts and a {uniform['kv_dtype']} KV cache, predicted KL {uniform['predicted_kl']:.4f}"
+            f"experts and {cache_name(uniform['kv_dtype'])}, predicted KL {uniform['predicted_kl']:.4f}"
         )
     click.echo(
         f"{found['experts']} of {found['num_experts']} experts ({found['criterion']}), "
@@ -244,7 +246,7 @@ def _show(found: dict[str, Any]) -> None:
     click.echo(
         f"predicted KL {found['predicted_kl']:.4f} ({said[source]}): rounding {found['predicted']['rounding']:.4f}, "
         f"pruning {found['predicted']['pruning']:.4f}"
-        + (f", {found['kv_dtype']} KV cache {found['predicted']['kv_cache']:.4f}" if found["kv_dtype"] else "")
+        + (f", {cache_name(found['kv_dtype'])} {found['predicted']['kv_cache']:.4f}" if found["kv_dtype"] else "")
     )
     for row in found["measured"]:
         click.echo(
@@ -257,7 +259,7 @@ def _show(found: dict[str, Any]) -> None:
         f"({proof['relative_gap']:.2%} above, {proof['proved_by']})"
     )
     for row in found["runners_up"]:
-        cache = f", {row['kv_dtype']} KV cache" if row["kv_dtype"] else ""
+        cache = f", {cache_name(row['kv_dtype'])}" if row["kv_dtype"] else ""
         size = format_bytes(row["data_bytes"])
         click.echo(f"next: {row['experts']} experts, {size}{cache}, KL {row['predicted_kl']:.4f}")
     for part, counts in _by_part(found).items():

@@ -66,7 +66,7 @@ def command(
 
     if (name is None) == (allocation is None):
         raise ReapcError("give one of --format and --allocation")
-    from reapc.allocate.allocation import check_count, read_allocation
+    from reapc.allocate.record import check_count, read_allocation
     from reapc.arch import load_config, model_spec
 
     allocated = read_allocation(allocation) if allocation is not None else None
@@ -114,7 +114,7 @@ def _to_gguf(
     pre_tokenizer: str | None,
     allocation: Path | None,
 ) -> dict[str, Any]:
-    from reapc.allocate.allocation import check_allocation, read_allocation
+    from reapc.allocate.record import check_allocation, read_allocation
     from reapc.checkpoint.atomic import make_folder, require_room
     from reapc.checkpoint.reader import Checkpoint
     from reapc.cli.progress import make_progress

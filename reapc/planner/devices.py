@@ -149,13 +149,19 @@ def carried(plan: Plan, spec: ModelSpec, taken: Taken, placement: Placement, nam
         }
     )
     how = "tensor by tensor" if old.engine == "llama.cpp" else "part by part"
-    cache = f" and a {taken.kv} KV cache" if taken.kv != old.kv_dtype else ""
-    was = f" and a {old.kv_dtype} one" if taken.kv != old.kv_dtype else ""
+    cache = was = ""
+    if taken.kv != old.kv_dtype:
+        cache, was = f" and {cache_name(taken.kv)}", f" and {cache_name(old.kv_dtype)}"
     reason = (
         f"Types were allocated {how}, {taken.bits:.2f} bits per kept expert weight{cache}: the uniform choice "
         f"was {old.format} with {old.experts_kept} experts{was}."
     )
     return plan.model_copy(update={"chosen": chosen, "reasons": (reason, *plan.reasons)})
+
+
+def cache_name(kind: str) -> str:
+    """A KV type in words; vLLM calls the model's own type "auto"."""
+    return "a KV cache in the model's own type" if kind == "auto" else f"a KV cache in {kind}"
 
 
 def _weights(spec: ModelSpec, count: int) -> int:
