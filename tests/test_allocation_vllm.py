@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_glm4, make_model, make_project, make_tokens, run_main
+from conftest import ROOT, make_glm4, make_model, make_project, make_tokens, run_main
 from specs import demo_spec, qwen30b
 
 from reapc.allocate.checkpoints import decide_methods, measured_checkpoints, prior_checkpoints, probed_parts
@@ -22,6 +22,7 @@ from reapc.allocate.unit_rounding import measure_unit_errors
 from reapc.arch import ModelSpec, known
 from reapc.checkpoint.reader import Checkpoint
 from reapc.choice.measure import Choice
+from reapc.engines import vllm
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.formats import layout, weights
 from reapc.formats.weights import WeightFormat
@@ -36,8 +37,8 @@ from reapc.prune.rewrite import prune
 from reapc.quantize import fp8
 from reapc.quantize.nearest import rounded
 from reapc.recipe import ServeSection, load_recipe
-from reapc.stream.tokens import Tokens, write_tokens
-from reapc.target import load_target, make_target
+from reapc.stream.tokens import Tokens, read_tokens, write_tokens
+from reapc.target import Target, load_target, make_target
 from reapc.verify.fidelity import compare
 
 COUNTS = (12, 11, 10, 9, 8, 7, 6)
@@ -467,3 +468,42 @@ def test_glm_units(tmp_path: Path, tokens: Tokens) -> None:
     names = {part: {u.name for u in parts.groups if u.part == part} for part in ("dense", "shared_experts")}
     found = prober.kls({part: (prober.mix(parts.groups, own), None) for part, own in names.items()})
     assert all(kl > 0 for kl in found.values())
+
+
+@pytest.mark.slow
+def test_the_demo_model_at_equal_bytes(tmp_path: Path) -> None:
+    """The mix for a card that uniform 4-bit weights just fill, against them, on text that nothing was chosen by."""
+    checkpoint = Checkpoint(ROOT / "demo" / "model")
+    spec = checkpoint.spec
+    text = read_tokens(ROOT / "demo" / "calibration.safetensors", spec.vocab_size).take(np.arange(0, 128, 4))
+    held_out = read_tokens(ROOT / "demo" / "held_out.safetensors", spec.vocab_size).take(np.arange(0, 80, 2))
+    scores = observe(checkpoint, text, tmp_path / "observe", Silent())
+    fmt = weights.parse("ct-w4g32")
+    serve = ServeSection(engine="vllm", context=2048)
+
+    def card(vram: int) -> Target:
+        return make_target({"gpus": 1, "vram": f"{vram // 1000 + 1}kB", "compute_capability": "8.9"}, "test")
+
+    used = vllm.Layouts(spec, fmt, "auto", card(2 * 10**9), serve).place(24).devices[0]
+    made = OnTarget(
+        "demo",
+        spec,
+        card(int((used.used_bytes - used.overhead_bytes + 1536 * 2**20) / 0.92) + 2000),
+        serve,
+        0.25,
+        False,
+    )
+    cards = Cards(made.plan, made.question)
+    every = cards.methods("auto_round")
+    prober = StreamedProber(checkpoint, probed_parts(every), text.take(np.arange(0, 32, 2)), tmp_path, Silent())
+    kept = by_criterion(scores, "weighted_sum", 1)
+    found = measured_checkpoints(checkpoint, every, scores, made.question.counts, kept, Silent(), prober=prober)
+    best, (_, taken, _), _ = decide_methods(found, cards, prober)
+    parts = best.parts
+    assert isinstance(parts, CheckpointParts)
+    types = {u.name: best.types[o] for u, o in zip(parts.groups, taken.options, strict=True)}
+    assert parts.bytes_of(types, taken.experts) <= weights.checkpoint_bytes(fmt, spec) + 2000
+    judge = StreamedProber(checkpoint, parts, held_out, tmp_path, Silent())
+    masks = kept(taken.experts) if taken.experts < 24 else None
+    kls = judge.kls({"mix": (types, masks), "uniform": ({u.name: fmt.name for u in parts.groups}, None)})
+    assert kls["mix"] < 0.7 * kls["uniform"], kls
