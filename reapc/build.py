@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reapc import __version__
-from reapc.allocate.in_build import allocate_build, allocates
+from reapc.allocate.in_build import allocate_build, allocated_format, allocates, rounds
 from reapc.arch import ModelSpec
 from reapc.checkpoint.atomic import make_folder, remove, require_room
 from reapc.checkpoint.reader import Checkpoint
@@ -20,7 +20,6 @@ from reapc.choice.samples import samples_of
 from reapc.emit import write_result
 from reapc.errors import ReapcError
 from reapc.estimate import Estimate, estimate
-from reapc.formats.gguf_types import UNQUANTIZED
 from reapc.formats.weights import WeightFormat
 from reapc.healing import split
 from reapc.observe.corpus import load_data, load_split
@@ -140,7 +139,7 @@ class Build:
         self.requirements = Requirements(recipe, checkpoint)
         self.first_plan = self.requirements.plan()
         self.tools = self.requirements.check_tools(self.first_plan.chosen)
-        self.allocates = allocates(recipe, self.first_plan, checkpoint)
+        self.allocates = allocates(recipe, checkpoint)
         given = load_scores(scores) if scores else None
         if given and scores:
             check_scores(given, checkpoint, scores)
@@ -183,7 +182,7 @@ class Build:
 
         scores, reference = self._observe()
         plan = self._second_plan(scores)
-        if self.allocates and plan.chosen.engine == "llama.cpp" and plan.chosen.format not in UNQUANTIZED:
+        if self.allocates and rounds(plan):
             plan, self.allocation = allocate_build(
                 self.recipe, plan, inputs.checkpoint, scores, inputs.calibration, self.passes
             )  # fmt: skip
@@ -266,7 +265,7 @@ class Build:
         if plan.chosen.engine == "llama.cpp":
             types = self.allocation.get("types")
             return self.passes.quantize_gguf(pruned, plan.chosen.format, self.recipe.quantize.imatrix, types)
-        fmt = self.requirements.written(plan.chosen)
+        fmt = allocated_format(self.allocation) if self.allocation else self.requirements.written(plan.chosen)
         return pruned.path if fmt is None else self._quantize_checkpoint(pruned, fmt)
 
     def _quantize_checkpoint(self, pruned: Staged, fmt: WeightFormat) -> Path:
@@ -314,7 +313,7 @@ class Build:
             "kept": {str(layer): experts for layer, experts in kept.items()},
             "never_routed": {str(layer): experts for layer, experts in scores.never_routed().items()},
             "stability": self.stability,
-            "format": "allocated" if self.allocation else plan.chosen.format,
+            "format": plan.chosen.format,
             "as_stored": self.requirements.copies(plan.chosen),
             "engine": plan.chosen.engine,
             "choice": self.choice,

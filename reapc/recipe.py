@@ -87,7 +87,7 @@ class QuantizeSection(_Section):
     # AutoRound's tuning steps per layer; 0 rounds to nearest
     iters: Auto | Annotated[int, BeforeValidator(_no_bool), Field(ge=0)] = "auto"
     imatrix: bool = True
-    # the expert count and every tensor's GGUF type chosen together by measured damages (reapc/allocation.py)
+    # expert count, KV type and every tensor's GGUF type, or every part's width in vLLM, chosen together (allocate/)
     allocate: bool = False
     pre_tokenizer: str | None = None
 
@@ -238,10 +238,12 @@ def make_recipe(data: dict[str, Any], path: Path) -> Recipe:
         )
     if recipe.quantize.allocate:
         quantize = recipe.quantize
-        if (quantize.format, quantize.bits) != ("auto", "auto") or quantize.method not in ("auto", "gguf"):
+        exports = ("auto", "auto_round", "auto_gptq", "llm_compressor", "gptq")
+        if quantize.format not in exports or quantize.bits != "auto" or quantize.method == "none" or quantize.mixed:
             raise ReapcError(
-                f"{where}: quantize.allocate chooses the GGUF types, but quantize.method, format or bits fixes them",
-                hint='remove them, or set quantize.allocate = false; method = "gguf" may stay',
+                f"{where}: quantize.allocate chooses types and widths, but quantize.method, format, bits or mixed "
+                "fixes them",
+                hint="remove them, or set quantize.allocate = false; method and group_size may stay",
             )
         if not quantize.imatrix:
             raise ReapcError(f"{where}: quantize.allocate needs the importance matrix", hint="remove imatrix = false")

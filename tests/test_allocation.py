@@ -17,15 +17,14 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from reapc.allocate.allocation import (
     Measurement,
     budget_bytes,
-    check_allocation,
     correction,
     decide,
     measured,
     prior_only,
     prober_of,
-    read_allocation,
     stored_types,
 )
+from reapc.allocate.record import check_allocation, read_allocation
 from reapc.allocate.rounding import measure_errors
 from reapc.checkpoint.reader import Checkpoint
 from reapc.cli.main import cli

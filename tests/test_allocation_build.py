@@ -13,7 +13,7 @@ from test_build import RECIPE as BUILD
 from reapc.arch import known
 from reapc.errors import CannotBeDone
 from reapc.planner.allocate import allocate
-from reapc.planner.devices import Devices
+from reapc.planner.devices import Devices, Taken
 from reapc.planner.search import answer
 from reapc.planner.tensor_groups import LADDER
 from reapc.quantize.gguf import check_types
@@ -36,7 +36,7 @@ def test_a_build_allocates(project: Path, cache: str, capsys, tmp_path: Path) ->
     assert code == 0, err
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     found = manifest["allocation"]
-    assert manifest["format"] == "allocated"
+    assert manifest["format"].startswith("mix of GGUF types, ")
     assert manifest["experts_kept"] == found["experts"]
     assert found["predicted"]["source"] == "measured"
     assert found["certificate"]["lower_bound"] <= found["certificate"]["best_predicted_kl"]
@@ -49,6 +49,10 @@ def test_a_build_allocates(project: Path, cache: str, capsys, tmp_path: Path) ->
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())["from_scores"]
     assert all(device["free_bytes"] >= 0 for device in plan["chosen"]["placement"]["devices"])
     assert "allocated tensor by tensor" in plan["reasons"][0]
+    # what measuring chooses is what pruning was measured with, and the script and the plan name a mix
+    assert found["measured_choice"]
+    assert plan["chosen"]["format"] == manifest["format"]
+    assert f"llama.cpp: {manifest['format']}" in (tmp_path / "out" / "serve.sh").read_text()
     # again, served on another port: the allocation is reused
     code, _, err = run_main(
         capsys, "build", project / "tiny.toml", "--set", "serve.port=8099", "--out", tmp_path / "second", "--json"
@@ -83,11 +87,12 @@ def test_every_card_has_its_own_budget() -> None:
     asked = question("zai-org/GLM-5", "rtx3090x8", context=32768)
     plan = answer(asked)
     damages = prior_only(asked.spec, asked.counts)
-    devices = Devices(plan, asked.spec, asked.target)
+    devices = Devices(plan, asked.spec, asked.target, asked.serve)
     found = allocate(devices.budgets(damages.problem(0), damages.parts))
     groups = {g.name: LADDER[o] for g, o in zip(damages.parts.groups, found.best.options, strict=True)}
     bits = expert_bits(damages, asked.spec, found.best)[0]
-    made = devices.planned(plan, asked.spec, damages.parts, groups, found.best.experts, found.best.damage, bits)
+    taken = Taken(groups, found.best.experts, found.best.kv, found.best.damage, bits)
+    made = devices.planned(plan, asked.spec, damages.parts, taken)
     assert all(device.free_bytes >= 0 for device in made.chosen.placement.devices)
     held = [device.weights_bytes for device in made.chosen.placement.devices]
     assert sum(held) == made.chosen.weights_bytes
@@ -106,4 +111,4 @@ def test_offloaded_experts_are_refused() -> None:
     plan = answer(replace(asked, target=target))
     assert plan.chosen.placement.offloaded_layers
     with pytest.raises(CannotBeDone, match="beside the cards"):
-        Devices(plan, asked.spec, target)
+        Devices(plan, asked.spec, target, asked.serve)

@@ -32,6 +32,7 @@ def fmt(name: str) -> WeightFormat:
         "ct-w3g64+layers.0-1=8+layers.3=16",
         "gptq-w4g128+shared_experts=8+dense=16",
         "fp8-block+layers.0=16",
+        "ct-w4g32+layers.0.experts=3g64+layers.1-2.attention=8+layers.3.experts=16",
     ],
 )
 def test_a_name_is_the_whole_format(name: str) -> None:
@@ -49,6 +50,9 @@ def test_a_name_is_the_whole_format(name: str) -> None:
         ("gptq-w4g128+layers.3-1=8", "is not PART=BITS"),
         ("gptq-w4g128+experts=8", "is not PART=BITS"),  # half of a MoE layer is not a part
         ("fp8+attention=4", "fp8 has 8 bits"),
+        ("ct-w4g32+layers.0.gate=8", "is not PART=BITS"),
+        ("ct-w4g32+layers.0.experts=8g48", "group sizes here: 32, 64, 128"),
+        ("fp8+layers.0.experts=8g32", "group sizes here: none"),
         ("bf16+attention=8", "nothing to limit or to override"),
     ],
 )
@@ -84,6 +88,26 @@ def test_one_width_inside_a_moe_layer() -> None:
         if item.tensor.role in ("router", "embedding", "lm_head", "norm"):
             assert item.format is None
     assert found == {0: {"auto-round-w4g32"}, 1: {"auto-round-w2g32"}, 2: {"auto-round-w4g32"}, 3: {"kept"}}
+
+
+def test_parts_of_layers_have_widths_and_group_sizes_of_their_own() -> None:
+    spec = demo_spec()
+    mixed = fmt("ct-w4g32+layers.0.experts=3g64+layers.1-2.attention=8+layers.2.attention=16")
+    found = {
+        (item.tensor.layer, item.tensor.role): item.format.name if item.format else "kept"
+        for item in layout.stored(mixed, spec)
+        if item.group.linears
+    }
+    assert found[0, "expert"] == "ct-w3g64"
+    assert (found[0, "attention"], found[1, "attention"]) == ("ct-w4g32", "ct-w8g32")
+    assert (found[2, "attention"], found[2, "expert"]) == ("kept", "ct-w4g32")
+    sizes = {name: weights.checkpoint_bytes(fmt(name), spec) for name in ("ct-w4g32", "ct-w3g64")}
+    all_three = weights.checkpoint_bytes(fmt("ct-w4g32+layers.0-3.experts=3g64+attention=3g64"), spec)
+    assert all_three == sizes["ct-w3g64"] < weights.checkpoint_bytes(mixed, spec)
+    assert weights.checkpoint_bytes(mixed, spec) == sum(
+        item.bytes for item in layout.expected_tensors(mixed, spec).values()
+    )
+    assert mixed.label == "ct-w4g32 with other widths for 3 parts"
 
 
 def test_the_memory_of_a_card_is_the_sum_of_its_layers() -> None:

@@ -189,7 +189,9 @@ MIXED = (
     "auto-round-w4g32:experts+layers.0=8", "auto-round-w4g32+attention=8+layers.0=16", "auto-round-w3g32+layers.1=4",
     "auto-round-w4g32+attention=16", "ct-w4g32+attention=8+layers.0=8", "ct-w3g32:experts+layers.1=8",
     "ct-w5g32+attention=8", "gptq-w4g32+layers.0=8", "gptq-w8g32:experts+layers.0=16", "fp8+layers.0=16",
-    "fp8-block:experts",
+    "fp8-block:experts", "auto-round-w4g32+layers.0.experts=8g64+layers.1.attention=16",
+    "ct-w4g32+layers.0.experts=3g64+layers.1.attention=8+layers.1.experts=16",
+    "gptq-w4g32+layers.0.experts=8g64+layers.1.experts=4g64+layers.0-1.attention=8g128",
 )  # fmt: skip
 
 

@@ -13,31 +13,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reapc.allocate.masks import Kept, by_criterion
 from reapc.allocate.rounding import measure_errors
-from reapc.allocate.sensitivity import Probe, Prober, measured_pruning, measured_sensitivity
+from reapc.allocate.sensitivity import Measures, Probe, Prober, measured_pruning, measured_sensitivity
 from reapc.arch import ModelSpec
 from reapc.errors import ReapcError
-from reapc.formats.gguf_types import TYPES
 from reapc.observe.scores import Scores
 from reapc.planner import prior
 from reapc.planner.allocate import Allocation, Choice, Problem, allocate
+from reapc.planner.checkpoint_units import CheckpointParts
 from reapc.planner.damages import (
     ROUTED,
+    Group,
     Sensitivity,
     measured_damages,
     prior_damages,
     prior_sensitivity,
     problem_of,
 )
-from reapc.planner.tensor_groups import LADDER, WEIGHTED, FileParts, file_parts
+from reapc.planner.tensor_groups import LADDER, FileParts, file_parts
 from reapc.progress import Progress
-from reapc.prune.criteria import choose, dropped_share, groups_of
+from reapc.prune.criteria import groups_of, share_without
 from reapc.quantize.imatrix import entries_of
 from reapc.stream.tokens import read_tokens
 from reapc.toolchain import find_llamacpp
 from reapc.units import parse_bytes
 
-FORMAT = "1"
 _APART = 0.08  # of the experts: how far the second measurement's count is from the first one's, at least
 _DAMPING = 0.1  # of the correction towards one common factor, where two measurements say little
 
@@ -48,7 +49,7 @@ class Damages:
     ``pruning`` by count, in nats; ``source``: "measured", "errors" (rounding measured, scale from the prior) or
     "prior"."""
 
-    parts: FileParts
+    parts: FileParts | CheckpointParts
     types: tuple[str, ...]
     counts: tuple[int, ...]
     rounding: NDArray[np.float64]
@@ -56,6 +57,11 @@ class Damages:
     source: str
     kept: Callable[[int], Mapping[int, Sequence[int]]] | None = None
     probes: tuple[Probe, ...] = ()
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """What gets one type each."""
+        return self.parts.groups
 
     def problem(self, budget: int) -> Problem:
         """The problem of ``budget`` bytes of tensor data."""
@@ -77,13 +83,21 @@ class Measurement:
     pruning: float
     kl: float
     options: tuple[int, ...] = field(repr=False, default=())
+    kv: str = ""
+    cache: float = 0.0
 
     @property
     def predicted(self) -> float:
+        """Without the KV cache, which no measurement here has."""
         return self.rounding + self.pruning
 
+    def of(self, choice: Choice) -> bool:
+        """Whether it is the choice's own: any cache, since a cache does not change it."""
+        return self.experts == choice.experts and self.options == tuple(int(option) for option in choice.options)
+
     def to_json(self) -> dict[str, Any]:
-        return {"experts": self.experts, "predicted_kl": self.predicted, "measured_kl": self.kl}
+        cache = {"kv_dtype": self.kv, "kv_kl": self.cache} if self.kv else {}
+        return {"experts": self.experts, "predicted_kl": self.predicted, "measured_kl": self.kl, **cache}
 
 
 def prior_only(spec: ModelSpec, counts: Sequence[int], types: Sequence[str] = LADDER) -> Damages:
@@ -105,9 +119,11 @@ def measured(
     dissolve: bool = False,
     types: Sequence[str] = LADDER,
     segments: int = 1,
+    kept: Callable[[int], Kept] | None = None,
 ) -> Damages:
     """Damages from the scores (observed with second moments) and the weights in ``base``, an unquantized GGUF; with a
-    ``prober`` in nats that were measured, else in the prior's. ReapcError where the scores have no second moments."""
+    ``prober`` in nats that were measured, else in the prior's. ``kept``: the experts that stay at a count, by
+    ``criterion`` where it is not given. ReapcError where the scores have no second moments."""
     parts = file_parts(spec, types)
     entries = entries_of(scores, spec)
     if not entries:
@@ -116,13 +132,10 @@ def measured(
             hint="`reapc observe` writes them; the scores inside a build's output have none",
         )
     errors = measure_errors(base, parts, scores, entries, types, progress)
-    groups = groups_of(spec, dissolve)
-
-    def kept(count: int) -> Mapping[int, Sequence[int]]:
-        return choose(scores, criterion, count, groups)
+    stays = kept or by_criterion(scores, criterion, groups_of(spec, dissolve))
 
     def share(count: int) -> float:
-        return dropped_share(scores, criterion, count, groups)
+        return share_without(scores, stays(count))
 
     probes: list[Probe] = []
     if prober is None:
@@ -130,12 +143,12 @@ def measured(
         pruning = {c: prior.measured_pruning_loss(1 - c / spec.num_experts, share(c)) for c in counts}
     else:
         sensitivity, probes = measured_sensitivity(parts, errors, prober, segments)
-        pruning, more = measured_pruning(spec.num_experts, counts, kept, share, prober)
+        pruning, more = measured_pruning(spec.num_experts, counts, stays, share, prober)
         probes += more
-    rounding = measured_damages(parts, types, counts, kept, errors, sensitivity)
+    rounding = measured_damages(parts, types, counts, stays, errors, sensitivity)
     fixed = tuple(pruning[count] for count in counts)
     source = "measured" if prober else "errors"
-    return Damages(parts, tuple(types), tuple(counts), rounding, fixed, source, kept, tuple(probes))
+    return Damages(parts, tuple(types), tuple(counts), rounding, fixed, source, stays, tuple(probes))
 
 
 def prober_of(
@@ -153,7 +166,7 @@ def prober_of(
 def stored_types(damages: Damages, choice: Choice) -> dict[str, str]:
     """The type of every tensor that is chosen for, by its name in the file."""
     types: dict[str, str] = {}
-    for group, option in zip(damages.parts.groups, choice.options, strict=True):
+    for group, option in zip(damages.groups, choice.options, strict=True):
         types |= group.stored(damages.types[option])
     return types
 
@@ -166,15 +179,15 @@ def _problem(damages: Damages, budget: Budget) -> Problem:
 
 
 def decide(
-    damages: Damages, budget: Budget, prober: Prober | None = None, rounds: int = 3
+    damages: Damages, budget: Budget, prober: Measures | None = None, rounds: int = 3
 ) -> tuple[Allocation, Choice, list[Measurement]]:
     """The allocation of ``budget`` (bytes of tensor data, or what makes the problem of damages, for several devices),
     the choice that is taken, and what was measured.
 
     With a ``prober`` the best choice is measured, then the best one with all experts (where that is the first, or does
     not fit: with clearly fewer or more). Both correct the two kinds of damage by a factor each, and if that changes the
-    choice the new one is measured too. The one with the least measured KL is taken; its predicted damage stays what it
-    was before any correction."""
+    choice the new one is measured too. The one with the least measured KL, the prior's of its KV cache added, is taken;
+    its predicted damage stays what it was before any correction."""
     problem = _problem(damages, budget)
     first = allocate(problem)
     if prober is None or rounds < 1:
@@ -183,32 +196,33 @@ def decide(
 
     def try_(choice: Choice) -> None:
         options = tuple(int(option) for option in choice.options)
-        if any(done.experts == choice.experts and done.options == options for done, _ in found):
+        if any(done.of(choice) and done.kv == choice.kv for done, _ in found):
             return
         picked = problem.damage[choice.case, np.arange(len(options)), list(options)]
         kept = damages.kept(choice.experts) if damages.kept and choice.experts != max(damages.counts) else None
         types = stored_types(damages, choice)
         name = f"mix-{choice.experts}-{abs(hash_of(types)):x}"
         kl = prober.kl(name, types, kept)
-        found.append(
-            (Measurement(choice.experts, float(picked.sum()), damages.pruning[choice.case], kl, options), choice)
-        )
-        prober.progress.log(
-            f"allocate: {choice.experts} experts: KL {found[-1][0].predicted:.4f} predicted, {kl:.4f} measured"
-        )
+        pruning = damages.pruning[damages.counts.index(choice.experts)]
+        made = Measurement(
+            choice.experts, float(picked.sum()), pruning, kl, options, choice.kv, choice.cache
+        )  # fmt: skip
+        found.append((made, choice))
+        prober.progress.log(f"allocate: {choice.experts} experts: KL {made.predicted:.4f} predicted, {kl:.4f} measured")
 
     try_(first.best)
     total = max(damages.counts)
-    other = [i for i, n in enumerate(damages.counts) if n == total != first.best.experts]
+    cases = problem.experts.tolist()
+    other = [i for i, n in enumerate(cases) if n == total != first.best.experts]
     if not other or _best_of(problem, other) is None:
         least = max(1, round(_APART * total))
-        other = [i for i, n in enumerate(damages.counts) if abs(n - first.best.experts) >= least]
+        other = [i for i, n in enumerate(cases) if abs(n - first.best.experts) >= least]
     if rounds > 1 and other and (second := _best_of(problem, other)) is not None:
         try_(second)
     if rounds > 2 and len(found) > 1:
         factors = correction([measurement for measurement, _ in found])
         try_(allocate(_problem(damages.scaled(*factors), budget)).best)
-    best = min(found, key=lambda item: (item[0].kl, -item[0].experts))
+    best = min(found, key=lambda item: (item[0].kl + item[0].cache, -item[0].experts))
     return first, best[1], [measurement for measurement, _ in found]
 
 
@@ -267,90 +281,12 @@ def expert_bits(damages: Damages, spec: ModelSpec, choice: Choice) -> tuple[floa
     """Mean bits per kept expert weight, and per weight of the original's experts."""
     size = sum(
         group.data_bytes(damages.types[option], choice.experts)
-        for group, option in zip(damages.parts.groups, choice.options, strict=True)
+        for group, option in zip(damages.groups, choice.options, strict=True)
         if group.part in ROUTED
     )
     return 8 * size / (spec.expert_weights * choice.experts), 8 * size / (spec.expert_weights * spec.num_experts)
 
 
-def allocation_json(
-    damages: Damages, spec: ModelSpec, budget: int, decided: tuple[Allocation, Choice, list[Measurement]],
-    facts: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """The allocation file: the decision, its certificate, what it rests on, its runners-up. ``facts``: model, digest,
-    criterion."""
-    found, taken, measurements = decided
-    groups = {g.name: damages.types[option] for g, option in zip(damages.parts.groups, taken.options, strict=True)}
-    kept_bits, original_bits = expert_bits(damages, spec, taken)
-    return {
-        "reapc_allocation": FORMAT,
-        **facts,
-        "experts": taken.experts,
-        "num_experts": spec.num_experts,
-        "budget_bytes": budget,
-        "data_bytes": damages.parts.bytes_of(groups, taken.experts),
-        "bits_per_kept_expert_weight": kept_bits,
-        "bits_per_original_expert_weight": original_bits,
-        "predicted_kl": taken.damage,
-        "predicted": {"rounding": taken.damage - taken.fixed, "pruning": taken.fixed, "source": damages.source},
-        "certificate": {
-            "best_predicted_kl": found.best.damage,
-            "lower_bound": found.lower_bound,
-            "gap": found.gap,
-            "relative_gap": found.relative_gap,
-            "proved_by": found.best.proved_by,
-            "counts_compared": found.cases,
-            "counts_too_large": found.infeasible,
-        },
-        "measured": [measurement.to_json() for measurement in measurements],
-        "probes": [probe.__dict__ for probe in damages.probes],
-        "runners_up": [
-            {
-                "experts": c.experts,
-                "predicted_kl": c.damage,
-                "data_bytes": c.bytes + damages.parts.kept_bytes(c.experts),
-            }
-            for c in found.runners_up
-        ],
-        "groups": groups,
-        "types": stored_types(damages, taken),
-    }
-
-
-def read_allocation(path: Path) -> dict[str, Any]:
-    """An allocation file; ReapcError where it is none, or names types that ggml does not have."""
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise ReapcError(
-            f"{path}: cannot be read: {error.strerror}", hint="`reapc allocate --out` writes one"
-        ) from error
-    except ValueError as error:
-        raise ReapcError(f"{path}: not JSON: {error}", hint="`reapc allocate --out` writes one") from error
-    if not isinstance(data, dict) or data.get("reapc_allocation") != FORMAT:
-        raise ReapcError(f"{path}: no allocation of this version (reapc_allocation = {FORMAT!r} expected)")
-    types = data.get("types")
-    if not isinstance(types, dict) or not types or not all(kind in TYPES for kind in types.values()):
-        raise ReapcError(f"{path}: types: tensor names with ggml types are expected")
-    if type(data.get("experts")) is not int:
-        raise ReapcError(f"{path}: experts = {data.get('experts')!r}: a count is expected")
-    return data
-
-
-def check_allocation(data: Mapping[str, Any], spec: ModelSpec, where: Path, imatrix: bool = True) -> None:
-    """ReapcError unless the model has just the experts and the tensors that were allocated for, and there is an
-    importance matrix where a type needs one."""
-    needs = sorted(set(data["types"].values()) & WEIGHTED)
-    if needs and not imatrix:
-        raise ReapcError(f"{where}: {', '.join(needs)} cannot be written with --no-imatrix", hint="leave it out")
-    if data["experts"] != spec.num_experts:
-        raise ReapcError(
-            f"{where}: made for {data['experts']} experts, the model has {spec.num_experts}",
-            hint=f"prune it first: reapc prune MODEL --scores SCORES --experts {data['experts']} "
-            f"--criterion {data.get('criterion', 'reap')} --out DIR",
-        )
-    parts = file_parts(spec)
-    names = {tensor.name for group in parts.groups for tensor in group.tensors}
-    if names != set(data["types"]):
-        odd = sorted(names ^ set(data["types"]))
-        raise ReapcError(f"{where}: made for another model: {len(odd)} tensors differ, {odd[0]} among them")
+def groups_of_choice(damages: Damages, choice: Choice) -> dict[str, str]:
+    """The option of every group, by its name."""
+    return {g.name: damages.types[option] for g, option in zip(damages.groups, choice.options, strict=True)}

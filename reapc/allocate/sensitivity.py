@@ -14,13 +14,12 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
+from typing import Protocol
 
 from reapc.allocate.rounding import Entries
 from reapc.checkpoint.atomic import remove, write_text
-from reapc.formats.gguf_types import fallback
 from reapc.observe.reference import SequenceReference
-from reapc.planner.damages import ROUTED, GroupError, Sensitivity
-from reapc.planner.tensor_groups import FileParts, TensorGroup
+from reapc.planner.damages import ROUTED, Group, GroupError, Parts, Sensitivity
 from reapc.progress import Progress
 from reapc.prune.gguf import GgufSource, prune_gguf
 from reapc.quantize import gguf
@@ -43,6 +42,23 @@ class Probe:
     error: float = 0.0
 
 
+class Measures(Protocol):
+    """What measures a mix end to end: files in llama.cpp, or rounded layers in a streamed pass."""
+
+    @property
+    def progress(self) -> Progress: ...
+
+    def kl(self, name: str, types: Mapping[str, str], kept: Kept | None) -> float: ...
+
+
+class Probes(Measures, Protocol):
+    """What probes classes of groups: ``probed`` is the type that it rounds a group to, ``mix`` the types of a model in
+    which the groups of these names are rounded so and the rest is not."""
+
+    def probed(self, group: Group) -> str: ...
+    def mix(self, groups: Sequence[Group], probed: Container[str]) -> dict[str, str]: ...
+
+
 class Prober:
     """Makes files from the unquantized GGUF ``base`` and measures them on ``tokens``. Finished probes lie in ``work``
     as JSON, so that an interrupted run goes on."""
@@ -54,6 +70,18 @@ class Prober:
         self.progress, self.threads = progress, threads
         work.mkdir(parents=True, exist_ok=True)
         self._references: list[SequenceReference] | None = None
+
+    def probed(self, group: Group) -> str:
+        """The type that a probe rounds a group to."""
+        return PROBE_TYPE
+
+    def mix(self, groups: Sequence[Group], probed: Container[str]) -> dict[str, str]:
+        """The types, by tensor, of a file in which the groups ``probed`` are rounded and the rest stays in 16 bit."""
+        types: dict[str, str] = {}
+        for group in groups:
+            stored = group.stored(PROBE_TYPE)
+            types |= stored if group.name in probed else dict.fromkeys(stored, "BF16")
+        return types
 
     def build(self, out: Path, types: Mapping[str, str], kept: Kept | None) -> None:
         """The file with these types (of tensors; what is not named stays as it is), pruned to ``kept``."""
@@ -94,49 +122,55 @@ class Prober:
         return measure(self.tokens, self._references, gguf_log_probs(model, ids, mask, self.threads))
 
 
-def probe_types(parts: FileParts, probed: Container[str]) -> dict[str, str]:
-    """The types of a file in which the groups ``probed`` are rounded to ``PROBE_TYPE`` and the rest stays in 16 bit."""
-    types: dict[str, str] = {}
-    for group in parts.groups:
-        for tensor in group.tensors:
-            types[tensor.name] = fallback(PROBE_TYPE, tensor.columns) if group.name in probed else "BF16"
-    return types
+def probe_sets(groups: Sequence[Group], segments: int = 1) -> dict[str, list[Group]]:
+    """Groups that are probed together, by class. ``segments``: the routed experts' classes in so many runs of layers,
+    each by itself."""
+    sets: dict[str, list[Group]] = {}
+    routed = sorted({group.layer for group in groups if group.part in ROUTED})
+    place = {layer: index * segments // len(routed) for index, layer in enumerate(routed)}
+    for group in groups:
+        tail = f"-{place[group.layer]}" if segments > 1 and group.part in ROUTED else ""
+        sets.setdefault(group.part + tail, []).append(group)
+    return sets
 
 
 def measured_sensitivity(
-    parts: FileParts, errors: Mapping[str, GroupError], prober: Prober, segments: int = 1
+    parts: Parts, errors: Mapping[str, GroupError], prober: Probes, segments: int = 1
 ) -> tuple[Sensitivity, list[Probe]]:
-    """KL over error of every class that the model has. ``segments``: the routed experts' classes are probed in so many
-    runs of layers, each by itself; all groups that are probed together have the same sensitivity."""
-    sets: dict[str, list[TensorGroup]] = {}
-    routed = sorted({group.layer for group in parts.groups if group.part in ROUTED})
-    place = {layer: index * segments // len(routed) for index, layer in enumerate(routed)}
-    for group in parts.groups:
-        tail = f"-{place[group.layer]}" if segments > 1 and group.part in ROUTED else ""
-        sets.setdefault(group.part + tail, []).append(group)
+    """KL over error of every class that the model has (``probe_sets``); all groups that are probed together have the
+    same sensitivity."""
+    sets = probe_sets(parts.groups, segments)
     nats: dict[str, float] = {}
     probes: list[Probe] = []
     with prober.progress.task("probe", len(sets), "classes of tensors") as advance:
         for name, groups in sets.items():
-            error = sum(errors[group.name].relative(PROBE_TYPE) for group in groups)
-            types = probe_types(parts, {group.name for group in groups})
-            kl = max(prober.kl(f"{PROBE_TYPE}-{name}", types, None), FLOOR)
-            probes.append(Probe(f"{name} in {PROBE_TYPE}", kl, error))
-            nats |= {group.name: kl / error for group in groups}
+            error = sum(errors[group.name].relative(prober.probed(group)) for group in groups)
+            kind = prober.probed(groups[0])
+            types = prober.mix(parts.groups, {group.name for group in groups})
+            kl = max(prober.kl(f"{kind}-{name}", types, None), FLOOR) if error else 0.0
+            probes.append(Probe(f"{name} in {kind}", kl, error))
+            nats |= {group.name: kl / error if error else 0.0 for group in groups}
             advance(1)
     return Sensitivity(nats, dict.fromkeys(nats, "measured")), probes
 
 
-def measured_pruning(
-    total: int, counts: Sequence[int], kept: Callable[[int], Kept], share: Callable[[int], float], prober: Prober
-) -> tuple[dict[int, float], list[Probe]]:
-    """KL of pruning to each of ``counts``: probed at the fewest, and with a half and a quarter of those dropped;
-    between them a power of the share of saliency that leaves (``share``), through the probed points."""
+def probed_counts(total: int, counts: Sequence[int]) -> list[int]:
+    """The counts whose pruning is measured: the fewest, and with a half and a quarter of those dropped."""
     fewest = min(counts)
     if fewest == total:
-        return {count: 0.0 for count in counts}, []
+        return []
     wanted = (total - round((total - fewest) * part) for part in (1, 1 / 2, 1 / 4))
-    asked = sorted({min((c for c in counts if c < total), key=lambda c: abs(c - count)) for count in wanted})
+    return sorted({min((c for c in counts if c < total), key=lambda c: abs(c - count)) for count in wanted})
+
+
+def measured_pruning(
+    total: int, counts: Sequence[int], kept: Callable[[int], Kept], share: Callable[[int], float], prober: Measures
+) -> tuple[dict[int, float], list[Probe]]:
+    """KL of pruning to each of ``counts``: probed at some (``probed_counts``);
+    between them a power of the share of saliency that leaves (``share``), through the probed points."""
+    asked = probed_counts(total, counts)
+    if not asked:
+        return {count: 0.0 for count in counts}, []
     probes: list[Probe] = []
     points: list[tuple[float, float]] = []
     with prober.progress.task("probe", len(asked), "prunes") as advance:

@@ -139,6 +139,11 @@ class Checkpoint(Shards):
             )
         return find_packed(tensor, group, self.quantization, self.entries, str(self.folder / "config.json"))
 
+    @property
+    def decodes(self) -> bool:
+        """Whether tensors are made anew whenever they are asked for, rather than mapped."""
+        return self.quantization is not None
+
     def refuse_quantized(self, what: str) -> None:
         """CannotBeDone where the checkpoint is quantized; ``what`` takes 16 or 32 bit ("pruning")."""
         if self.quantization is not None:

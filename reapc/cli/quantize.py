@@ -66,6 +66,12 @@ def command(
 
     if (name is None) == (allocation is None):
         raise ReapcError("give one of --format and --allocation")
+    from reapc.allocate.record import check_count, read_allocation
+    from reapc.arch import load_config, model_spec
+
+    allocated = read_allocation(allocation) if allocation is not None else None
+    if allocated is not None and allocated.get("engine") == "vllm":
+        name = allocated["format"]
     engine, canonical = check_format(name) if name is not None else ("llama.cpp", _ALLOCATED)
     if out.exists():
         raise ReapcError(f"{out}: exists already", hint="remove it or choose another name")
@@ -76,7 +82,7 @@ def command(
 
     source = str(tokens) if tokens is not None else data
     sequences = 1 << 30 if tokens is not None else SEQUENCES
-    fmt = weights.parse(canonical) if allocation is None else None
+    fmt = weights.parse(canonical) if name is not None else None
     if engine == "llama.cpp" or fmt is None or not fmt.quantized:  # bf16 and fp16 in any case: a GGUF in 16 bit
         ftype = canonical.upper().replace("FP16", "F16")
         if method != "auto" or iters is not None:
@@ -86,7 +92,10 @@ def command(
     else:
         if pre_tokenizer is not None:
             raise ReapcError(f"--pre-tokenizer is for GGUF, and {canonical} is not a GGUF type")
-        summary = _to_checkpoint(fetch(model, revision, Path(".")), out, fmt, source, sequences, method, iters)
+        folder = fetch(model, revision, Path("."))
+        if allocated is not None and allocation is not None:
+            check_count(allocated, model_spec(load_config(folder), str(folder)), allocation)
+        summary = _to_checkpoint(folder, out, fmt, source, sequences, method, iters)
     if as_json:
         click.echo(json.dumps(summary))
         return
@@ -105,7 +114,7 @@ def _to_gguf(
     pre_tokenizer: str | None,
     allocation: Path | None,
 ) -> dict[str, Any]:
-    from reapc.allocate.allocation import check_allocation, read_allocation
+    from reapc.allocate.record import check_allocation, read_allocation
     from reapc.checkpoint.atomic import make_folder, require_room
     from reapc.checkpoint.reader import Checkpoint
     from reapc.cli.progress import make_progress

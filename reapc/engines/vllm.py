@@ -6,6 +6,7 @@ exact from shapes, the rest is a model and carries its source.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from math import ceil
 from typing import NamedTuple
@@ -145,7 +146,7 @@ class Layouts:
     def _kind_cost(self, fmt: WeightFormat, kind: LayerKind, tp: int, ep: int, layer: int | None) -> _Cost:
         fixed = unit = replicated = 0
         for group in kind.tensors:
-            heads = _kv_heads(kind, self.spec)
+            heads = heads_of(kind, self.spec)
             held = weights.shard(fmt, group, tp, ep, heads, layer)
             fixed += held.fixed
             if group.role == "expert":
@@ -153,7 +154,7 @@ class Layouts:
             else:
                 wide = group.role == "router" and not group.dtype and self.spec.family in FLOAT32_ROUTER
                 replicated += held.per_expert * (2 if wide else 1)
-        fixed += _copied_keys(fmt, kind, tp, ep, _kv_heads(kind, self.spec), layer)
+        fixed += copied_keys(fmt, kind, tp, ep, heads_of(kind, self.spec), layer)
         size = KV_TYPES[self.kv]["bytes"]
         tokens = 0
         for stream in kind.cache:
@@ -253,10 +254,15 @@ class Layouts:
         return self._stages(layout, kept, room) is not None
 
     def _placement(self, layout: Layout, kept: int, slow: bool) -> Placement:
-        tp, pp, ep = layout
         workspace, overhead = self._reserved(layout)
         room = self.target.vram - workspace - overhead
-        counts = self._stages(layout, kept, room) or stage_layers(self.spec.num_layers, pp)
+        counts = self._stages(layout, kept, room) or stage_layers(self.spec.num_layers, layout.pp)
+        return self.placed(layout, kept, counts, slow)
+
+    def placed(self, layout: Layout, kept: int, counts: Sequence[int], slow: bool = False) -> Placement:
+        """What every card holds with so many layers in each pipeline stage."""
+        tp, pp, ep = layout
+        workspace, overhead = self._reserved(layout)
         draft = self._draft(layout, kept)
         costs, (first, last) = self._layer_costs(tp, ep), self._outside(layout)
         held = -(-kept // ep)
@@ -307,7 +313,7 @@ class Layouts:
         return self.target.bandwidth / total
 
 
-def _copied_keys(fmt: WeightFormat, kind: LayerKind, tp: int, ep: int, kv_heads: int, layer: int | None) -> int:
+def copied_keys(fmt: WeightFormat, kind: LayerKind, tp: int, ep: int, kv_heads: int, layer: int | None) -> int:
     """Bytes of k_proj once more: where a layer has no v_proj (Gemma-4's full ones), vLLM loads K into V's rows too."""
     names = {group.name: group for group in kind.tensors if group.parallel == "kv" and group.linears}
     key = next((group for name, group in names.items() if name.endswith("k_proj.weight")), None)
@@ -320,6 +326,6 @@ def _kv_b_parameters(kind: LayerKind) -> int:
     return sum(group.unit_parameters for group in kind.tensors if group.name.endswith("kv_b_proj.weight"))
 
 
-def _kv_heads(kind: LayerKind, spec: ModelSpec) -> int:
+def heads_of(kind: LayerKind, spec: ModelSpec) -> int:
     """The KV heads that this kind's k and v rows are made of."""
     return max((stream.heads for stream in kind.cache), default=0) or spec.num_kv_heads

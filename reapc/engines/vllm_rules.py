@@ -158,20 +158,22 @@ def format_refusal(spec: ModelSpec, fmt: WeightFormat, layout: Layout) -> tuple[
     """(why this layout cannot hold the format, whether it is served by the slow kernel)."""
     if not fmt.quantized:
         return None, False
-    tp, _, ep = layout
-    expert_tp = 1 if ep > 1 else tp
     slow = False
     for group, layer in _quantized(spec, fmt):
         stored = fmt.at(group, layer)
         assert stored is not None
-        if group.role == "expert":
-            reason, generic = _expert_refusal(spec, stored, group, expert_tp)
-            slow = slow or generic
-        else:
-            reason = _dense_refusal(spec, stored, group, tp)
+        reason, generic = group_refusal(spec, stored, group, layout)
         if reason:
             return reason, False
+        slow = slow or generic
     return None, slow
+
+
+def group_refusal(spec: ModelSpec, stored: WeightFormat, group: TensorGroup, layout: Layout) -> tuple[str | None, bool]:
+    """The same of one tensor's linears in a plain format."""
+    if group.role == "expert":
+        return _expert_refusal(spec, stored, group, 1 if layout.ep > 1 else layout.tp)
+    return _dense_refusal(spec, stored, group, layout.tp), False
 
 
 def _quantized(spec: ModelSpec, fmt: WeightFormat) -> Iterator[tuple[TensorGroup, int | None]]:

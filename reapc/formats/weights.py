@@ -2,8 +2,8 @@
 
 A format covers every linear layer of the decoder, attention and shared experts included; embeddings, head, router,
 norms and vision stay as they are. The suffix ``:experts`` limits it to the routed experts; ``+PART=BITS`` gives a part
-of the model another width (``Override``). Layouts as vLLM 0.33 reads and the quantizers write them
-(facts/vllm-legality.md, facts/quantizers.md).
+of the model another width, ``+PART=BITSgGROUP`` another group size too (``Override``). Layouts as vLLM 0.33 reads and
+the quantizers write them (facts/vllm-legality.md, facts/quantizers.md).
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ Method = Literal["plain", "fp8-block", "fp8", "int8", "gptq", "auto-round", "ct"
 GROUPS = (32, 64, 128)
 EXPERTS_ONLY = ":experts"
 FP8_BLOCK = 128
+SIDE = 32  # AutoRound and GPTQModel leave a linear alone whose sides are no multiple of it
 KEPT_BITS = 16  # the width of an override that leaves its part in the checkpoint's own dtype
 PARTS: dict[str, Role] = {"attention": "attention", "shared_experts": "shared_expert", "dense": "dense_mlp"}
+# What may be named inside layers: the experts of a layer are one part, which no override divides.
+LAYER_PARTS: dict[str, Role] = {"experts": "expert", **PARTS, "other": "other"}
+EVERY = -1  # of an override that is not limited to layers
 _GROUPED = re.compile(r"^(gptq|auto-round|ct)-w(\d+)g(\d+)$")
-_OVERRIDE = re.compile(r"^(?:layers\.(\d+)(?:-(\d+))?|([a-z_]+))=(\d+)$")
+_OVERRIDE = re.compile(r"^(?:layers\.(\d+)(?:-(\d+))?(?:\.([a-z_]+))?|([a-z_]+))=(\d+)(?:g(\d+))?$")
 _BITS = {"gptq": (4, 8), "auto-round": tuple(range(2, 9)), "ct": tuple(range(2, 9))}
 _PLAIN: dict[str, tuple[Method, int, int]] = {  # name: method, bits, group size (0: none)
     "bf16": ("plain", 16, 0),
@@ -40,23 +44,31 @@ _PLAIN: dict[str, tuple[Method, int, int]] = {  # name: method, bits, group size
 
 
 class Override(NamedTuple):
-    """Another width for one part: a role's linears in every layer (``part``), or every linear of the layers ``first``
-    to ``last``. So no override divides the experts of one layer, which vLLM's fused kernels would refuse."""
+    """Another width for one part: a role's linears (``part``; "": all) in the layers ``first`` to ``last`` (``EVERY``:
+    in every layer). So no override divides the experts of one layer, which vLLM's fused kernels would refuse.
+    ``group``: another group size, 0 for that of the format."""
 
     part: str
     first: int
     last: int
     bits: int
+    group: int = 0
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether it is limited to some layers."""
+        return self.last != EVERY
 
     def covers(self, role: Role, layer: int | None) -> bool:
         """Whether it speaks of this role in this layer."""
-        if self.part:
-            return PARTS[self.part] == role
-        return layer is not None and self.first <= layer <= self.last
+        if self.part and LAYER_PARTS[self.part] != role:
+            return False
+        return not self.by_layer or (layer is not None and self.first <= layer <= self.last)
 
     def __str__(self) -> str:
         span = str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
-        return f"{self.part or f'layers.{span}'}={self.bits}"
+        where = ".".join(filter(None, (f"layers.{span}" if self.by_layer else "", self.part)))
+        return f"{where}={self.bits}" + (f"g{self.group}" if self.group else "")
 
 
 @dataclass(frozen=True)
@@ -83,12 +95,18 @@ class WeightFormat:
     @property
     def by_layer(self) -> bool:
         """Whether layers differ."""
-        return any(not override.part for override in self.overrides)
+        return any(override.by_layer for override in self.overrides)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Every bit width that a quantized linear may have, the most usual first."""
         return tuple(dict.fromkeys(b for b in (self.bits, *(o.bits for o in self.overrides)) if b != KEPT_BITS))
+
+    @property
+    def label(self) -> str:
+        """The name as people are told it: without a list of parts that is longer than a line."""
+        few = len(self.name) <= 60
+        return self.name if few else f"{self.base.name} with other widths for {len(self.overrides)} parts"
 
     def at(self, group: TensorGroup, layer: int | None = None) -> WeightFormat | None:
         """The plain format that stores this tensor's linears in ``layer`` (None: outside layers, or in any of them);
@@ -96,10 +114,11 @@ class WeightFormat:
         if not self.quantized or not group.linears:
             return None
         bits = KEPT_BITS if self.experts_only and group.role != "expert" else self.bits
+        size = self.group_size
         for override in self.overrides:
             if override.covers(group.role, layer):
-                bits = override.bits
-        return None if bits == KEPT_BITS else plain(self.method, bits, self.group_size)
+                bits, size = override.bits, override.group or self.group_size
+        return None if bits == KEPT_BITS else plain(self.method, bits, size)
 
     def covers(self, group: TensorGroup, layer: int | None = None) -> bool:
         """Whether it stores the linears of this tensor."""
@@ -241,21 +260,27 @@ def with_overrides(fmt: WeightFormat, overrides: tuple[Override, ...]) -> Weight
 
 def _override(name: str, text: str, fmt: WeightFormat) -> Override:
     match = _OVERRIDE.match(text)
-    if not match or (match[3] and match[3] not in PARTS) or (match[2] and int(match[2]) < int(match[1])):
+    first, last, inner, part, width, size = match.groups("") if match else ("",) * 6
+    wrong = (inner and inner not in LAYER_PARTS) or (part and part not in PARTS) or (last and int(last) < int(first))
+    if not width or wrong:
         raise ReapcError(
             f"format {name!r}: {text!r} is not PART=BITS",
-            hint=f"PART is layers.N, layers.A-B, {', '.join(PARTS)}; for example +attention=8 or +layers.0-1=8",
+            hint=f"PART is layers.N, layers.A-B, {', '.join(PARTS)}, or layers.N.PART (there also experts); for "
+            "example +attention=8, +layers.0-1=8 or +layers.3.experts=3g64",
         )
-    bits = int(match[4])
+    bits, group = int(width), int(size or 0)
     allowed = _BITS.get(fmt.method, (fmt.bits,))
     if bits not in (*allowed, KEPT_BITS):
         raise ReapcError(
             f"format {name!r}: {text!r}: {fmt.method} has {', '.join(map(str, sorted(allowed)))} bits",
             hint=f"one of them, or {KEPT_BITS} to leave the part as it is",
         )
-    if match[3]:
-        return Override(match[3], 0, 0, bits)
-    return Override("", int(match[1]), int(match[2] or match[1]), bits)
+    if group and (fmt.method not in _BITS or group not in GROUPS or bits == KEPT_BITS):
+        sizes = ", ".join(map(str, GROUPS)) if fmt.method in _BITS and bits != KEPT_BITS else "none"
+        raise ReapcError(f"format {name!r}: {text!r}: group sizes here: {sizes}", hint=f"{text.rpartition('g')[0]!r}")
+    if part:
+        return Override(part, 0, EVERY, bits, group)
+    return Override(inner, int(first), int(last or first), bits, group)
 
 
 def placed_groups(fmt: WeightFormat, spec: ModelSpec) -> Iterator[tuple[TensorGroup, int | None, int]]:
@@ -306,7 +331,7 @@ def misfit(fmt: WeightFormat, spec: ModelSpec) -> str | None:
     """Why the quantizer cannot write this model in the format, or None."""
     if not fmt.quantized:
         return None
-    beyond = next((o for o in fmt.overrides if not o.part and o.last >= spec.num_layers), None)
+    beyond = next((o for o in fmt.overrides if o.by_layer and o.last >= spec.num_layers), None)
     if beyond is not None:
         return f"{beyond}: the model has the layers 0 to {spec.num_layers - 1}"
     for group, layer, _ in placed_groups(fmt, spec):

@@ -7,7 +7,8 @@ that the bound excludes are dropped (reduced costs), and HiGHS solves the rest. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,13 @@ _NODES = 100  # of one integer program: a limit in nodes is deterministic, one i
 
 @dataclass(frozen=True)
 class Problem:
-    """Cases (expert counts) x groups x options; every group takes exactly one option.
+    """Cases (an expert count, a KV type) x groups x options; every group takes exactly one option.
 
-    ``experts`` (cases,): what each case keeps. ``fixed`` (cases,): its damage in nats whatever the types are (pruning,
-    KV cache). ``bytes`` and ``damage`` (cases, groups, options): of the group in that type; an option that is not legal
-    has infinite damage. ``device`` (cases, groups): where a group lies. ``capacity`` (cases, devices): bytes for these
+    ``experts`` (cases,): what each case keeps; ``kv`` (cases,) the type of its KV cache, where that is chosen.
+    ``fixed`` (cases,): its damage in nats whatever the types are (pruning and cache), and ``cache`` (cases,) the
+    cache's part of that.
+    ``bytes`` and ``damage`` (cases, groups, options): of the group in that type; an option that is not legal has
+    infinite damage. ``device`` (cases, groups): where a group lies. ``capacity`` (cases, devices): bytes for these
     groups there.
     """
 
@@ -43,18 +46,37 @@ class Problem:
     damage: Floats
     device: Ints
     capacity: Ints
+    kv: NDArray[np.str_] = field(default_factory=lambda: np.zeros(0, np.str_))
+    cache: Floats = field(default_factory=lambda: np.zeros(0))
+
+    def __post_init__(self) -> None:
+        if not len(self.kv):
+            object.__setattr__(self, "kv", np.full(len(self.experts), ""))
+            object.__setattr__(self, "cache", np.zeros(len(self.experts)))
 
     def take(self, cases: Any) -> Problem:
         """The problem with these cases only."""
         return Problem(
             self.experts[cases], self.fixed[cases], self.bytes[cases], self.damage[cases], self.device[cases],
-            self.capacity[cases],
+            self.capacity[cases], self.kv[cases], self.cache[cases],
+        )  # fmt: skip
+
+    def with_caches(self, losses: Mapping[str, float], capacity: Callable[[str], Ints]) -> Problem:
+        """Every case once for each KV type of ``losses`` (nats), with the ``capacity`` (cases, devices) that is left
+        beside such a cache."""
+        many, cases = len(losses), len(self.experts)
+        once = np.tile(np.arange(cases), many)
+        costs = np.repeat(np.array(list(losses.values()), np.float64), cases)
+        return replace(
+            self.take(once), fixed=self.fixed[once] + costs, cache=costs, kv=np.repeat(list(losses), cases),
+            capacity=np.concatenate([capacity(kind) for kind in losses]),
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One case with an option for every group. ``lower_bound``: no choice of this case has less damage."""
+    """One case with an option for every group. ``lower_bound``: no choice of this case has less damage. ``kv``,
+    ``cache``: the type of its KV cache where that was chosen, and what it costs (in ``fixed`` already)."""
 
     case: int
     experts: int
@@ -64,6 +86,8 @@ class Choice:
     lower_bound: float
     device_bytes: Ints
     proved_by: str = "Lagrangian dual"
+    kv: str = ""
+    cache: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -210,6 +234,7 @@ def _choice(problem: Problem, case: int, options: Ints, bounds: Floats, prices: 
     return _Priced(
         case, int(problem.experts[case]), options, fixed + damage, fixed,
         min(fixed + float(bounds.sum()), fixed + damage), size, bounds=bounds, prices=prices,
+        kv=str(problem.kv[case]), cache=float(problem.cache[case]),
     )  # fmt: skip
 
 

@@ -7,22 +7,49 @@ changes. The prior's stands where nothing was measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reapc.arch import ModelSpec
-from reapc.formats.gguf_types import TYPES, fallback
 from reapc.planner import prior
 from reapc.planner.allocate import Problem
-from reapc.planner.search import loss_method
-from reapc.planner.tensor_groups import FileParts, TensorGroup
 
-REFERENCE = "Q4_K"  # the type whose prior gives a sensitivity where none was measured
-ROUTED = ("experts_gate_up", "experts_down")
+REFERENCE_BITS = 4.5  # Q4_K's: a sensitivity that was not measured is the prior's of the type nearest to it
+ROUTED = ("experts_gate_up", "experts_down", "experts")
+
+
+class Group(Protocol):
+    """What gets one type: ``TensorGroup`` of a GGUF file, ``Unit`` of a checkpoint."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def part(self) -> str: ...
+    @property
+    def types(self) -> tuple[str, ...]: ...
+
+    def stored(self, kind: str) -> dict[str, str]: ...
+    def data_bytes(self, kind: str, count: int) -> int: ...
+    def weights(self, experts: int) -> int: ...
+    def bits(self, kind: str) -> float: ...
+    def prior_loss(self, kind: str) -> float: ...
+
+
+class Parts(Protocol):
+    """All groups of a file or checkpoint, and the bytes of what is not chosen."""
+
+    @property
+    def groups(self) -> Sequence[Group]: ...
+
+    def kept_bytes(self, count: int) -> int: ...
+    def table(self, counts: Sequence[int], types: Sequence[str]) -> NDArray[np.int64]: ...
+    def bytes_of(self, types: Mapping[str, str], count: int) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -47,12 +74,9 @@ class Sensitivity:
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
-def _prior_shares(parts: FileParts, spec: ModelSpec) -> NDArray[np.float64]:
+def _prior_shares(parts: Parts, spec: ModelSpec) -> NDArray[np.float64]:
     """(groups,) each group's share of the prior's loss: by its weights, among the experts' or among the others."""
-    weights = np.array(
-        [sum(prod(t.shape) * (spec.num_experts if t.experts else 1) for t in g.tensors) for g in parts.groups],
-        np.float64,
-    )
+    weights = np.array([group.weights(spec.num_experts) for group in parts.groups], np.float64)
     routed = np.array([group.part in ROUTED for group in parts.groups])
     other = prior.default().other_share
     shares = np.empty_like(weights)
@@ -62,54 +86,46 @@ def _prior_shares(parts: FileParts, spec: ModelSpec) -> NDArray[np.float64]:
     return shares
 
 
-def _prior_loss(group: TensorGroup, kind: str) -> float:
-    """The prior's KL of a whole model in the type that the group is stored in, mean over its tensors' weights."""
-    total = elements = 0.0
-    for tensor in group.tensors:
-        stored = fallback(kind, tensor.columns)
-        size = prod(tensor.shape)
-        total += size * prior.quantization_loss(loss_method("llama.cpp", stored), TYPES[stored].bits_per_weight)
-        elements += size
-    return total / elements
-
-
-def prior_damages(parts: FileParts, spec: ModelSpec, types: Sequence[str]) -> NDArray[np.float64]:
+def prior_damages(parts: Parts, spec: ModelSpec, types: Sequence[str]) -> NDArray[np.float64]:
     """(groups, types) nats; infinite where a type is not legal. The prior knows no layers: they differ by size only."""
     shares = _prior_shares(parts, spec)
     result = np.full((len(parts.groups), len(types)), np.inf)
-    losses: dict[tuple[object, ...], float] = {}
+    losses: dict[tuple[str, str, int], float] = {}
     for g, group in enumerate(parts.groups):
+        alike = group.name.rpartition(".")[2]
         for k, kind in enumerate(types):
             if kind in group.types:
-                key = (kind, *(tensor.shape for tensor in group.tensors))
+                key = (kind, alike, group.weights(1))
                 if key not in losses:
-                    losses[key] = _prior_loss(group, kind)
+                    losses[key] = group.prior_loss(kind)
                 result[g, k] = shares[g] * losses[key]
     return result
 
 
-def prior_sensitivity(parts: FileParts, spec: ModelSpec, errors: Mapping[str, GroupError]) -> Sensitivity:
-    """What makes the measured error of ``REFERENCE`` cost what the prior says, the same for all groups of experts and
-    for all others: the errors then say how types and layers differ."""
+def prior_sensitivity(parts: Parts, spec: ModelSpec, errors: Mapping[str, GroupError]) -> Sensitivity:
+    """What makes the measured error of the type nearest to ``REFERENCE_BITS`` cost what the prior says, the same for
+    all groups of experts and for all others: the errors then say how types and layers differ."""
     shares = _prior_shares(parts, spec)
     nats: dict[str, float] = {}
     for routed in (True, False):
         mine = [(g, group) for g, group in enumerate(parts.groups) if (group.part in ROUTED) is routed]
-        cost = sum(shares[g] * _prior_loss(group, REFERENCE) for g, group in mine)
-        error = sum(shares[g] * errors[group.name].relative(_measured_as(errors, group)) for g, group in mine)
+        cost = error = 0.0
+        for g, group in mine:
+            kind = nearest_to(group, errors[group.name].errors, REFERENCE_BITS)
+            cost += shares[g] * group.prior_loss(kind)
+            error += shares[g] * errors[group.name].relative(kind)
         for g, group in mine:
             nats[group.name] = shares[g] * cost / error if error else 0.0
     return Sensitivity(nats, dict.fromkeys(nats, "prior"))
 
 
-def _measured_as(errors: Mapping[str, GroupError], group: TensorGroup) -> str:
-    """``REFERENCE``, or the type nearest to it that was measured of the group."""
-    known = errors[group.name].errors
-    return min(known, key=lambda kind: abs(TYPES[kind].bits_per_weight - TYPES[REFERENCE].bits_per_weight))
+def nearest_to(group: Group, kinds: Iterable[str], bits: float) -> str:
+    """The one of ``kinds`` whose bits per weight are nearest to ``bits``."""
+    return min(kinds, key=lambda kind: abs(group.bits(kind) - bits))
 
 
 def measured_damages(
-    parts: FileParts,
+    parts: Parts,
     types: Sequence[str],
     counts: Sequence[int],
     kept: Callable[[int], Mapping[int, Sequence[int]]],
@@ -130,7 +146,7 @@ def measured_damages(
 
 
 def problem_of(
-    parts: FileParts,
+    parts: Parts,
     types: Sequence[str],
     counts: Sequence[int],
     fixed: Sequence[float],

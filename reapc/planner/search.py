@@ -72,6 +72,12 @@ def fixed_experts(engine: EngineName, spec: ModelSpec) -> str | None:
     return llamacpp.fixed_experts(spec) if engine == "llama.cpp" else vllm_rules.fixed_experts(spec)
 
 
+def served_counts(engine: EngineName, spec: ModelSpec, counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of ``counts`` that an engine serves."""
+    whole = (spec.num_experts,)
+    return counts if fixed_experts(engine, spec) is None or spec.num_experts not in counts else whole
+
+
 def legal(question: Question, engine: EngineName, fmt: str, kv: str) -> str | None:
     """Why this cannot be served at any expert count, or None."""
     spec, target, serve = question.spec, question.target, question.serve

@@ -6,7 +6,7 @@ not divide gets the fallback type, and some types need an importance matrix, whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -19,6 +19,8 @@ from reapc.errors import ReapcError
 from reapc.formats import gguf
 from reapc.formats.gguf_rules import EMBEDDINGS, converted_type, quantizes
 from reapc.formats.gguf_types import TYPES, fallback, padded
+from reapc.planner import prior
+from reapc.planner.search import loss_method
 from reapc.schema import nearest
 
 # ggml's types that llama-quantize writes at will and every backend computes with, by falling size.
@@ -68,6 +70,24 @@ class TensorGroup:
         """Bytes in the file, each tensor padded to 32 bytes."""
         return sum(padded(t.data_bytes(fallback(kind, t.columns), count)) for t in self.tensors)
 
+    def weights(self, experts: int) -> int:
+        """How many weights it has."""
+        return sum(prod(t.shape) * (experts if t.experts else 1) for t in self.tensors)
+
+    def bits(self, kind: str) -> float:
+        """Bits per weight of a type, where rows admit it."""
+        return TYPES[kind].bits_per_weight
+
+    def prior_loss(self, kind: str) -> float:
+        """The prior's KL of a whole model in the type that the group is stored in, mean over its tensors' weights."""
+        total = elements = 0.0
+        for tensor in self.tensors:
+            stored = fallback(kind, tensor.columns)
+            size = prod(tensor.shape)
+            total += size * prior.quantization_loss(loss_method("llama.cpp", stored), TYPES[stored].bits_per_weight)
+            elements += size
+        return total / elements
+
 
 @dataclass(frozen=True)
 class FileParts:
@@ -99,7 +119,7 @@ class FileParts:
                 result[:, g, k] = memo[key]
         return result
 
-    def bytes_of(self, types: dict[str, str], count: int) -> int:
+    def bytes_of(self, types: Mapping[str, str], count: int) -> int:
         """Bytes of the tensor data of a file whose groups have these types."""
         return self.kept_bytes(count) + sum(group.data_bytes(types[group.name], count) for group in self.groups)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from math import floor
 from typing import TYPE_CHECKING, Any
 
@@ -114,8 +115,13 @@ def router_norms(checkpoint: Checkpoint, layer: LayerSpec) -> NDArray[Any]:
 
 def dropped_share(scores: Scores, criterion: str, kept: int, groups: int = 1) -> float:
     """Mean over layers of the share of routed saliency (sum of gate weight x norm) that leaves with the dropped."""
+    return share_without(scores, choose(scores, criterion, kept, groups))
+
+
+def share_without(scores: Scores, kept: Mapping[int, Sequence[int]]) -> float:
+    """The same of given experts that stay, by layer."""
     shares = []
-    for layer, experts in choose(scores, criterion, kept, groups).items():
+    for layer in scores.layers:
         mass = scores.layer(layer)["gate_norm_sum"]
-        shares.append(1 - mass[experts].sum() / max(mass.sum(), 1e-300))
+        shares.append(1 - mass[list(kept[layer])].sum() / max(mass.sum(), 1e-300))
     return float(np.mean(shares))

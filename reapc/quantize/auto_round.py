@@ -74,7 +74,7 @@ def quantize(
             request["resume"] = str(work / "resume")
         else:
             remove(work / "raw")
-        what = f"AutoRound to {fmt.name}"
+        what = f"AutoRound to {fmt.label}"
         result = worker.run("_auto_round_main.py", what, work, request, tokens, spec.num_layers, threads, progress)
         with atomic_path(out) as partial:
             publish(checkpoint, Path(result["saved"]), partial, modules, _config(layout, fmt, modules, blocks))
@@ -109,7 +109,7 @@ def _exceptions(modules: Modules, default: WeightFormat, blocks: str, spec: Mode
     """AutoRound's ``layer_config``: exact names of the linears of the main model that differ from the default."""
     prefixes = tuple(f"{layer.prefix}." for layer in spec.layers)
     return {
-        module: {"bits": item.bits if item else 16}
+        module: quantization_config.changes(item, default) if item else {"bits": 16}
         for module, item in modules.items()
         if item != default and module.startswith(f"{blocks}.") and module.startswith(prefixes)
     }

@@ -107,14 +107,14 @@ def quantize(source: Path, out: Path, fmt: WeightFormat, progress: Progress) -> 
     covered, ignored = _covered(checkpoint, fmt)
     if "lm_head" not in ignored:  # tied to the embedding on disk, but engines still have a module of that name
         ignored.append("lm_head")
-    require_room(out.parent, weights.checkpoint_bytes(fmt, checkpoint.spec, mtp=True), f"the {fmt.name} checkpoint")
+    require_room(out.parent, weights.checkpoint_bytes(fmt, checkpoint.spec, mtp=True), f"the {fmt.label} checkpoint")
     with atomic_path(out) as partial:
         partial.mkdir(parents=True)
         copy_side_files(checkpoint, partial)
         config = {**checkpoint.config, "quantization_config": quantization_config(fmt.method, ignored)}
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         shards = _shards(checkpoint, covered)
-        with progress.task(f"cast to {fmt.name}", checkpoint.bytes, "B") as advance:
+        with progress.task(f"cast to {fmt.label}", checkpoint.bytes, "B") as advance:
             for name, slots in shards.items():
                 tensors = _tensors(checkpoint, covered, name, advance)
                 write_streamed(partial / name, slots, tensors, checkpoint.metadata[name])

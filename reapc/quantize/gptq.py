@@ -69,7 +69,7 @@ def quantize(
     key = json.dumps([request, checkpoint.digest, tokens.digest], sort_keys=True)
     with worker.scratch_folder(out, scratch, key) as work:
         remove(work / "raw")
-        what = f"GPTQ to {fmt.name}"
+        what = f"GPTQ to {fmt.label}"
         result = worker.run("_gptq_main.py", what, work, request, tokens, checkpoint.spec.num_layers, threads, progress)
         with atomic_path(out) as partial:
             publish(checkpoint, work / "raw", partial, modules, config)

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     import torch
 
 Modules = dict[str, WeightFormat | None]
-# Both quantizers leave a linear alone whose sides are no multiple of this (auto-round: "shape not divisible by 32").
-SIDE = 32
 
 
 def open_source(source: Path, fmt: WeightFormat, out: Path) -> Checkpoint:
@@ -43,7 +41,7 @@ def open_source(source: Path, fmt: WeightFormat, out: Path) -> Checkpoint:
         raise ReapcError(
             f"{checkpoint.folder}: {fmt.name}: {reason}", hint=weights.dividing_groups(fmt, checkpoint.spec)
         )
-    require_room(out.parent, 3 * weights.checkpoint_bytes(fmt, checkpoint.spec), f"the {fmt.name} checkpoint")
+    require_room(out.parent, 3 * weights.checkpoint_bytes(fmt, checkpoint.spec), f"the {fmt.label} checkpoint")
     return checkpoint
 
 
@@ -63,10 +61,10 @@ def linears(checkpoint: Checkpoint, fmt: WeightFormat) -> Modules:
                     "quantizes experts that are stored one by one",
                     exit_code=1,
                 )
-            if any(side % SIDE for side in tensor.shape):
+            if any(side % weights.SIDE for side in tensor.shape):
                 raise ReapcError(
                     f"{checkpoint.folder}: {fmt.name}: {tensor.module} is {list(tensor.shape)}: the quantizers take "
-                    f"sides that are multiples of {SIDE}",
+                    f"sides that are multiples of {weights.SIDE}",
                     hint="leave the part as it is: NAME+PART=16 (see `reapc formats`), or take FP8 or GGUF",
                 )
             found[tensor.module] = item.format

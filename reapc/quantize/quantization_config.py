@@ -20,7 +20,7 @@ def for_auto_round(fmt: WeightFormat, modules: Modules, blocks: str) -> dict[str
     default = default_of(fmt, modules)
     named = [*modules.items(), *experts_parts(modules)]
     extra = {
-        module: {"bits": item.bits} if item else {"bits": 16, "data_type": "fp"}
+        module: changes(item, default) if item else {"bits": 16, "data_type": "fp"}
         for module, item in named
         if item != default and module.startswith(f"{blocks}.")
     }
@@ -36,6 +36,12 @@ def for_auto_round(fmt: WeightFormat, modules: Modules, blocks: str) -> dict[str
     return {**found, "extra_config": extra} if extra else found
 
 
+def changes(item: WeightFormat, default: WeightFormat) -> dict[str, int]:
+    """What a linear's exception says: its width, and its group size where that is not the top level's."""
+    other = {"group_size": item.group_size} if item.group_size != default.group_size else {}
+    return {"bits": item.bits, **other}
+
+
 def for_compressed_tensors(fmt: WeightFormat, modules: Modules) -> dict[str, Any]:
     """compressed-tensors' "pack-quantized": a group for each width, the commonest one of the experts by a pattern and
     that of the other linears by their class, exceptions by name and first.
@@ -43,12 +49,12 @@ def for_compressed_tensors(fmt: WeightFormat, modules: Modules) -> dict[str, Any
     transformers 5.23 (integrations/compressed_tensors.py) knows one group for all experts, the one with a pattern that
     has "experts" in it, and one for all other linears; it fails to load a checkpoint with more. vLLM takes any."""
     experts, others = _counted(modules, True), _counted(modules, False)
-    targets: list[tuple[int, list[str]]] = []
+    targets: list[tuple[WeightFormat, list[str]]] = []
     if len({*experts, *others}) > 1:
         for counts, is_expert in ((experts, True), (others, False)):
-            for bits in counts[1:]:
-                named = [name for name, item in modules.items() if item and item.bits == bits]
-                targets.append((bits, [name for name in named if _is_expert(name) == is_expert]))
+            for other in counts[1:]:
+                named = [name for name, item in modules.items() if item == other]
+                targets.append((other, [name for name in named if _is_expert(name) == is_expert]))
         if experts:
             targets.append((experts[0], [r"re:.*\.experts\.\d+\..*"]))
     targets.append((others[0] if others else experts[0], ["Linear"]))
@@ -63,18 +69,18 @@ def for_compressed_tensors(fmt: WeightFormat, modules: Modules) -> dict[str, Any
             f"group_{i}": {
                 "targets": names,
                 "weights": {
-                    "num_bits": bits,
+                    "num_bits": item.bits,
                     "type": "int",
                     "symmetric": True,
                     "strategy": "group",
-                    "group_size": fmt.group_size,
+                    "group_size": item.group_size,
                     "dynamic": False,
                 },
                 "input_activations": None,
                 "output_activations": None,
                 "format": "pack-quantized",
             }
-            for i, (bits, names) in enumerate(targets)
+            for i, (item, names) in enumerate(targets)
         },
         "ignore": ignored,
     }
@@ -84,10 +90,10 @@ def _is_expert(module: str) -> bool:
     return re.search(r"\.experts\.\d+\.", module) is not None
 
 
-def _counted(modules: Modules, experts: bool) -> list[int]:
-    """The widths of the experts' linears, or of the others, the commonest first."""
-    found = Counter(item.bits for name, item in modules.items() if item and _is_expert(name) == experts)
-    return [bits for bits, _ in found.most_common()]
+def _counted(modules: Modules, experts: bool) -> list[WeightFormat]:
+    """The formats of the experts' linears, or of the others, the commonest first."""
+    found = Counter(item for name, item in modules.items() if item and _is_expert(name) == experts)
+    return [item for item, _ in found.most_common()]
 
 
 def for_gptq(fmt: WeightFormat, modules: Modules) -> dict[str, Any]:
@@ -123,7 +129,7 @@ def _dynamic(modules: Modules, default: WeightFormat) -> dict[str, dict[str, int
                 if item is None:
                     kept[f"-:{_pattern(module)}$"] = {}
                 elif item != default:
-                    other[f"+:{_pattern(module)}$"] = {"bits": item.bits}
+                    other[f"+:{_pattern(module)}$"] = changes(item, default)
             continue
         if formats == {None}:
             kept[f"-:{_pattern(folder)}\\.[^.]+$" if folder else "-:lm_head$"] = {}
@@ -131,12 +137,12 @@ def _dynamic(modules: Modules, default: WeightFormat) -> dict[str, dict[str, int
         kept |= {f"-:{_pattern(module)}$": {} for module, item in children.items() if item is None}
         for item in formats - {None, default}:
             assert item is not None
-            other[f"+:{_pattern(folder)}\\.[^.]+$"] = {"bits": item.bits}
+            other[f"+:{_pattern(folder)}\\.[^.]+$"] = changes(item, default)
     for path, item in experts.items():
         if item is None:
             kept[f"-:{_pattern(path)}(\\.|$)"] = {}
         elif item != default:
-            other[f"+:{_pattern(path)}(\\.|$)"] = {"bits": item.bits}
+            other[f"+:{_pattern(path)}(\\.|$)"] = changes(item, default)
     return kept | other
 
 

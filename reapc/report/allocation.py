@@ -9,16 +9,19 @@ from reapc.report import tables
 from reapc.report.data import BuildData
 from reapc.report.tables import Table
 
-_LAYER = re.compile(r"blk\.(\d+)\.(.+)$")
+_LAYER = re.compile(r"(?:blk|layers)\.(\d+)\.(.+)$")
 
 
 def allocation(data: BuildData) -> dict[str, Any]:
     """Missing where the build allocated nothing."""
     found = data.get("allocation", "a type for each tensor: all were written by one file type's rules")
     proof = found["certificate"]
+    budget = found["budget_bytes"]
+    of = f"of {tables.size(budget)}" if budget else "in all"
+    cache = f" KV cache: {found['kv_dtype']}." if found.get("kv_dtype") else ""
     lines = [
-        f"{found['experts']} of {found['num_experts']} experts, {tables.size(found['data_bytes'])} of "
-        f"{tables.size(found['budget_bytes'])}; {found['bits_per_kept_expert_weight']:.2f} bits per expert weight.",
+        f"{found['experts']} of {found['num_experts']} experts, {tables.size(found['data_bytes'])} {of}; "
+        f"{found['bits_per_kept_expert_weight']:.2f} bits per expert weight.{cache}",
         f"Predicted KL {tables.kl(found['predicted_kl'])} ({found['predicted']['source']}); no choice can be predicted "
         f"below {tables.kl(proof['lower_bound'])} ({proof['proved_by']}).",
         *(

@@ -313,7 +313,7 @@ class StreamedModel:
         """Puts the streamed experts in the place of the layer's own."""
         spec, particular = self.spec.layers[index], self._particular
         places = expert_places(spec.kind, particular.transposed)
-        one = None if self.checkpoint.quantization is None else self._read_expert
+        one = self._read_expert if self.checkpoint.decodes else None
         reader = ExpertReader(places, spec.prefix, self._read, one)
         store = ExpertStore(reader, self._readahead, self.device, self.dtype)
         path, replaced = find_experts(module, self.spec.num_experts)

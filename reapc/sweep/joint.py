@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from reapc.allocate.allocation import Damages, allocation_json, decide, measured
+from reapc.allocate.allocation import Damages, decide, measured
+from reapc.allocate.record import allocation_json
 from reapc.allocate.sensitivity import Prober
 from reapc.checkpoint.atomic import make_folder, remove, write_text
 from reapc.errors import CannotBeDone

@@ -113,7 +113,7 @@ def check_quantized(
     if progress is None:
         values.run(fmt, spec, extra, lambda amount: None)
     else:
-        with progress.task(f"check {fmt.name}", checkpoint.bytes, "B") as advance:
+        with progress.task(f"check {fmt.label}", checkpoint.bytes, "B") as advance:
             values.run(fmt, spec, extra, advance)
     return report
 
@@ -149,7 +149,7 @@ def _check_tensors(shards: Shards, fmt: WeightFormat, spec: ModelSpec, source: C
     if missing or unexpected:
         parts = [("missing", missing), ("unexpected", unexpected)]
         said = "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in parts if names)
-        raise CannotBeDone(f"{shards.folder}: not the tensors of {fmt.name}: {said}", hint=_AGAIN)
+        raise CannotBeDone(f"{shards.folder}: not the tensors of {fmt.label}: {said}", hint=_AGAIN)
     if wrong:
         raise _refuse(shards.folder, f"{len(wrong)} tensors are not as planned", wrong, _AGAIN)
     return extra
