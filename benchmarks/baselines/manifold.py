@@ -43,10 +43,18 @@ def activations(model: Any, seen: Mapping[int, Seen], layer: int) -> tuple[Tenso
     return torch.stack(means), torch.tensor(used, dtype=torch.float64)
 
 
-def plane_of(points: Tensor) -> Plane:
-    """The plane of (points, hidden); with fewer than three points some of it is arbitrary."""
-    centre = points.mean(dim=0)
-    _, sizes, axes = torch.linalg.svd(points - centre, full_matrices=False)
+def shares(places: Tensor, used: Tensor | None) -> Tensor:
+    """(points, 1) weight of each point: equal ones, or by ``used`` (points,)."""
+    weights = torch.ones(len(places), dtype=places.dtype) if used is None else used.to(places.dtype)
+    return (weights / weights.sum())[:, None]
+
+
+def plane_of(points: Tensor, used: Tensor | None = None) -> Plane:
+    """The plane of (points, hidden), weighted by ``used`` (points,), if given; with fewer than three points some of it
+    is arbitrary."""
+    weights = shares(points, used)
+    centre = (weights * points).sum(dim=0)
+    _, sizes, axes = torch.linalg.svd(weights.sqrt() * (points - centre), full_matrices=False)
     power = sizes.square()
     return Plane(centre, axes[:2], float(power[:2].sum() / power.sum().clamp_min(1e-300)))
 
@@ -54,8 +62,7 @@ def plane_of(points: Tensor) -> Plane:
 def spread(places: Tensor, used: Tensor | None = None) -> float:
     """Root mean square distance of (points, dimensions) from their middle; both weighted by ``used`` (points,), if
     given."""
-    weights = torch.ones(len(places), dtype=places.dtype) if used is None else used.to(places.dtype)
-    weights = (weights / weights.sum())[:, None]
+    weights = shares(places, used)
     return float((weights * (places - (weights * places).sum(dim=0)).square()).sum().sqrt())
 
 

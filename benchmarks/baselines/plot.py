@@ -23,12 +23,16 @@ def _cell(part: Markup, column: int, row: int) -> Markup:
     return Markup('<svg x="{}" y="{}" width="{}" height="{}">{}</svg>').format(x, y, WIDTH, HEIGHT, part)
 
 
-def _experts(title: str, original: Places, own: Places, series: int) -> Markup:
-    """The experts of one model over those of the original, with the axes of the row's other plots."""
-    both = np.array([*original, *own])
-    low, high = both.min(axis=0), both.max(axis=0)
+def _ends(places: Mapping[str, Places]) -> list[tuple[float, float]]:
+    """The ends of both axes, for all plots of a row."""
+    every = np.array([place for own in places.values() for place in own])
+    low, high = every.min(axis=0), every.max(axis=0)
     pad = 0.06 * np.maximum(high - low, 1e-9)
-    ends = [(float(a), float(b)) for a, b in zip(low - pad, high + pad, strict=True)]
+    return [(float(a), float(b)) for a, b in zip(low - pad, high + pad, strict=True)]
+
+
+def _experts(title: str, original: Places, own: Places, ends: list[tuple[float, float]], series: int) -> Markup:
+    """The experts of one model over those of the original."""
     plot = Plot.of(title, ends[0], ends[1], height=HEIGHT, x_label="component 1", y_label=title)
     for x, y in original:
         plot.mark(x, y, "an expert of the original", 4)
@@ -38,17 +42,18 @@ def _experts(title: str, original: Places, own: Places, series: int) -> Markup:
 
 
 def write_plot(
-    path: Path, heading: str, layers: Mapping[int, Mapping[str, Places]], drifts: Mapping[str, Sequence[float]]
+    path: Path, heading: str, planes: Mapping[str, Mapping[str, Places]], drifts: Mapping[str, Sequence[float]]
 ) -> None:
-    """Writes the SVG. ``layers``: by layer and name, "original" first, where the experts lie; ``drifts``: by name, the
-    Jensen-Shannon divergence in nats by position of the greedy continuations."""
-    names = [name for name in next(iter(layers.values())) if name != "original"]
+    """Writes the SVG. ``planes``: by the name of a row and of a model, "original" first, where its experts lie;
+    ``drifts``: by model, the Jensen-Shannon divergence in nats by position of the greedy continuations."""
+    names = [name for name in next(iter(planes.values())) if name != "original"]
     series = {name: number % (SERIES - 2) for number, name in enumerate(names)}  # 4 is the original's grey
     cells = []
-    for row, (layer, places) in enumerate(layers.items()):
-        for column, name in enumerate(places):
-            title = f"layer {layer}: {name}, {len(places[name])} experts"
-            cells.append(_cell(_experts(title, places["original"], places[name], series.get(name, 4)), column, row))
+    for row, (about, places) in enumerate(planes.items()):
+        ends = _ends(places)
+        for column, (name, own) in enumerate(places.items()):
+            title = f"{about}: {name}, {len(own)} experts"
+            cells.append(_cell(_experts(title, places["original"], own, ends, series.get(name, 4)), column, row))
     longest = max(len(values) for values in drifts.values())
     top = max(float(np.max(values)) for values in drifts.values())
     plot = Plot.of(
@@ -62,9 +67,9 @@ def write_plot(
         for i, name in enumerate(names)
     ]
     legend = Markup('<svg class="plot" viewBox="0 0 {} {}">{}</svg>').format(WIDTH, HEIGHT, Markup("").join(keys))
-    cells += [_cell(plot.render(), 0, len(layers)), _cell(legend, 1, len(layers))]
+    cells += [_cell(plot.render(), 0, len(planes)), _cell(legend, 1, len(planes))]
     width = MARGIN + (len(names) + 1) * (WIDTH + MARGIN)
-    height = 2 * MARGIN + (len(layers) + 1) * (HEIGHT + MARGIN)
+    height = 2 * MARGIN + (len(planes) + 1) * (HEIGHT + MARGIN)
     write_text(
         path,
         Markup(

@@ -78,6 +78,7 @@ class Panel:
         seen = seen_by(model, ids)
         self.experts = {layer: activations(model, seen, layer) for layer in self.layers}
         self.planes = {layer: plane_of(points) for layer, (points, _) in self.experts.items()}
+        self.by_use = {layer: plane_of(points, used) for layer, (points, used) in self.experts.items()}
         self.text: Written = written_by(model, self.prompts, written)
 
     def of(self, other: Any) -> dict[str, Any]:
@@ -112,7 +113,9 @@ class Panel:
                 "spread_by_use": spread(points, used) / spread(originals, before),
                 "off": off(points, originals) / spread(originals),
                 "explained": plane.explained,
+                "used": used.tolist(),
                 "places": plane.place(points).tolist(),
+                "places_by_use": self.by_use[layer].place(points).tolist(),
             }
         return {
             "top1": float((self.reference.argmax(-1) == found.argmax(-1)).float().mean()),
@@ -235,7 +238,29 @@ def rows_of(args: argparse.Namespace, say: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> int:
+def draw(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    """The SVG of the last ratio: the paper's plane, and the plane by use with the experts that at least a tenth of an
+    even share of the tokens comes to, since experts that hardly any comes to may lie far from all others."""
+    ratio = rows[-1]["ratio"]
+    shown = {"original": rows[0]}
+    shown |= {row["method"]: row for row in rows if row["ratio"] == ratio and row["method"] in PLOTTED}
+    planes: dict[str, dict[str, Any]] = {}
+    for layer in rows[0]["manifold"]:
+        of = {method: row["manifold"][layer] for method, row in shown.items()}
+        planes[f"layer {layer}"] = {method: part["places"] for method, part in of.items()}
+        planes[f"layer {layer} by use"] = {
+            method: [
+                place
+                for place, used in zip(part["places_by_use"], part["used"], strict=True)
+                if used >= 0.1 * np.mean(part["used"])
+            ]
+            for method, part in of.items()
+        }
+    drifts = {method: row["drift_by_position"] for method, row in shown.items() if method != "original"}
+    write_plot(path, f"{name}, {ratio} of the experts pruned or merged", planes, drifts)
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "demo")
     parser.add_argument("--ratios", default="0.25,0.5")
@@ -246,7 +271,7 @@ def main() -> int:
     parser.add_argument("--population", type=int, default=16, help="candidates of each generation")
     parser.add_argument("--json", type=Path, help="write every figure there")
     parser.add_argument("--plot", type=Path, help="write an SVG of the experts and the drift there, at the last ratio")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     start = time.perf_counter()
     try:
         if args.plot and args.plot.suffix != ".svg":
@@ -265,15 +290,7 @@ def main() -> int:
         if args.json:
             write_text(args.json, json.dumps({**about, "rows": rows}) + "\n")
         if args.plot:
-            ratio = rows[-1]["ratio"]
-            shown = {"original": rows[0]}
-            shown |= {row["method"]: row for row in rows if row["ratio"] == ratio and row["method"] in PLOTTED}
-            layers = {
-                layer: {name: row["manifold"][layer]["places"] for name, row in shown.items()}
-                for layer in rows[0]["manifold"]
-            }
-            drifts = {name: row["drift_by_position"] for name, row in shown.items() if name != "original"}
-            write_plot(args.plot, f"{args.folder.name}, {ratio} of the experts pruned or merged", layers, drifts)
+            draw(args.plot, args.folder.name, rows)
     except ReapcError as error:
         print(f"run.py: {error}", file=sys.stderr)
         return error.exit_code

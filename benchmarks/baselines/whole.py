@@ -31,7 +31,7 @@ class Seen(NamedTuple):
 
 def load(folder: Path) -> Any:
     """The model in float32. ReapcError where it has no MoE layer of the kind that this folder knows."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     if not list(moe_layers(model)):
         raise ReapcError(
             f"{folder}: {type(model).__name__} has no MoE layer with a router `gate` that transformers lets return "
