@@ -17,8 +17,11 @@ import torch
 from conftest import ROOT, make_glm4, make_model, make_tokens
 from torch import Tensor, nn
 
+sys.path.insert(0, str(ROOT / "tools"))
 sys.path.insert(0, str(ROOT / "benchmarks" / "baselines"))
 
+import llmcompressor_env
+import llmcompressor_reap
 from behaviour import Written, cross_loss, diversity, drift, jensen_shannon, written_by
 from manifold import activations, off, plane_of, spread
 from masks import acceptance, search
@@ -452,3 +455,26 @@ def test_run_refuses_held_out_text_of_different_lengths(tmp_path: Path, capsys: 
     write_tokens(folder / "held_out.safetensors", tokens)
     assert main([str(folder)]) == 2
     assert "different lengths" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llm_compressors_own_choice(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the first layer it must be reapc's, of the others it may differ: they are scored behind what was pruned."""
+    if llmcompressor_env.find(llmcompressor_reap.RELEASE) is None:
+        pytest.skip("no environment of llm-compressor: python tools/llmcompressor_env.py")
+    folder = make_folder(tmp_path / "tiny", family)
+    given = [str(folder / "model"), str(folder / "calibration.safetensors"), "0.25", str(tmp_path / "out")]
+    assert llmcompressor_reap.main(given) == 0
+    found = json.loads(capsys.readouterr().out)
+    layers = Checkpoint(folder / "model").spec.moe_layers
+    assert found["kept_by_reapc_too"][str(layers[0])] == 9
+    kept = {layer: found["kept"][str(layer)] for layer in layers}
+    assert all(len(experts) == 9 for experts in kept.values())
+    ids = torch.from_numpy(make_tokens(4, 24).input_ids.astype(np.int64))
+    expected = log_probs(pruned(load(folder / "model"), kept), ids)
+    assert torch.equal(log_probs(load(tmp_path / "out"), ids), expected)
+    given[2:] = ["0.95", str(tmp_path / "other")]
+    assert llmcompressor_reap.main(given) == 1
+    assert "llm-compressor 0.13.0 failed" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

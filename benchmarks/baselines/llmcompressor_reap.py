@@ -61,14 +61,14 @@ def kept_by(model: Path, tokens: Path, ratio: float, release: str = RELEASE) -> 
     return {layer: sorted(experts) for layer, experts in zip(layers, kept, strict=True)}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("tokens", type=Path, help="safetensors with input_ids")
     parser.add_argument("ratio", type=float)
     parser.add_argument("out", type=Path)
     parser.add_argument("--release", default=RELEASE)
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     try:
         checkpoint = Checkpoint(asked.model)
         theirs = kept_by(asked.model, asked.tokens, asked.ratio, asked.release)
