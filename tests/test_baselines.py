@@ -401,9 +401,9 @@ def test_merging_moves_experts_off_their_places_and_pruning_hardly(tiny_whole: A
 # -- the whole comparison
 
 
-def make_folder(folder: Path, family: str) -> Path:
+def make_folder(folder: Path, family: str, **changes: Any) -> Path:
     """A folder of demo/'s layout."""
-    FAMILIES[family](folder / "model", num_hidden_layers=3)
+    FAMILIES[family](folder / "model", num_hidden_layers=3, **changes)
     for name, sequences, seed in (("calibration", 16, 0), ("held_out", 10, 1)):
         write_tokens(folder / f"{name}.safetensors", make_tokens(sequences, 24, seed=seed))
     return folder
@@ -446,6 +446,12 @@ def test_run_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], options
     captured = capsys.readouterr()
     assert said in captured.err
     assert not captured.out
+
+
+def test_run_refuses_a_router_with_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path / "tiny", "glm4", n_group=2, topk_group=1)
+    assert main([str(folder), "--ratios", "0.25"]) == 2
+    assert "chooses by groups" in capsys.readouterr().err
 
 
 def test_run_refuses_held_out_text_of_different_lengths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

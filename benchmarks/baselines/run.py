@@ -32,7 +32,7 @@ from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import ReapcError
 from reapc.observe.observe import observe
 from reapc.progress import Silent
-from reapc.prune.criteria import CRITERIA, check_kept, choose, expert_values, groups_of, kept_count
+from reapc.prune.criteria import CRITERIA, check_kept, choose, expert_values, kept_count
 from reapc.stream.tokens import Tokens, read_tokens
 from reapc.verify.intervals import mean_interval
 
@@ -198,7 +198,7 @@ def rows_of(args: argparse.Namespace, say: Any) -> list[dict[str, Any]]:
         ratio = float(part)
         counts[ratio] = kept_count(spec.num_experts, ratio)
         check_kept(counts[ratio], spec.num_experts, spec.top_k)
-    if groups_of(spec) > 1:
+    if spec.n_group > 1:
         raise ReapcError(f"{folder}: its router chooses by groups", hint="the baselines know routers without groups")
     with tempfile.TemporaryDirectory() as work:
         scores = observe(checkpoint, calibration, Path(work), Silent(), moments=False)
