@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EARLY = 25  # tokens of a continuation over which the REAP paper draws the divergence
 SEARCHED = (16, 256)  # sequences and length of the calibration text that the search looks at
 PLOTTED = ("reap", "m-smoe, merged", "hc-smoe, merged")
+AGAINST = ("reap", "frequency")  # the latter keeps the experts that M-SMoE's others join
 NOT_SERVABLE = "not servable by stock engines"
 FIRST = (
     "ratio", "method", "KL (95 % interval)", "top-1", "JSD in first / last quarter", "spread in first / last MoE layer",
@@ -161,22 +163,22 @@ def second_line(row: dict[str, Any]) -> str:
 
 
 def differences(rows: list[dict[str, Any]]) -> list[str]:
-    """Of each merged model minus REAP at the same ratio, sequence by sequence; "worse" and "better" where the interval
-    leaves 0 out."""
+    """Of each merged model minus each of ``AGAINST`` at the same ratio, sequence by sequence; "worse", "better" where
+    the interval leaves 0 out."""
     found = []
     for ratio in dict.fromkeys(row["ratio"] for row in rows if row["ratio"]):
         of = {row["method"]: row["by_sequence"] for row in rows if row["ratio"] == ratio}
-        for name in (name for name in of if name.endswith("merged")):
+        for name, base in product((name for name in of if name.endswith("merged")), AGAINST):
             cells = []
             for key, (_, more_is_better) in COMPARED.items():
-                apart = np.asarray(of[name][key]) - np.asarray(of["reap"][key])
+                apart = np.asarray(of[name][key]) - np.asarray(of[base][key])
                 apart = apart[~np.isnan(apart)]
                 ends = mean_interval(apart, np.ones(len(apart)))
-                word = "" if ends is None or ends.low <= 0 <= ends.high else (
-                    " better" if (ends.low > 0) == more_is_better else " worse"
-                )  # fmt: skip
+                word = ""
+                if ends is not None and not ends.low <= 0 <= ends.high:
+                    word = " better" if (ends.low > 0) == more_is_better else " worse"
                 cells.append(f"{apart.mean():+.3f}{word}")
-            found.append(line((ratio, f"{name} minus reap", *cells)))
+            found.append(line((ratio, f"{name} minus {base}", *cells)))
     return found
 
 
