@@ -15,7 +15,8 @@ from reapc.checkpoint.atomic import claim_folder, refuse_existing, remove
 from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import ReapcError
 from reapc.progress import Progress
-from reapc.prune.heal import HealedLayer, heal, write_with
+from reapc.prune.forms import write_with
+from reapc.prune.heal import HealedLayer, heal
 from reapc.prune.rewrite import prune
 from reapc.stream.tokens import Tokens
 from reapc.verify.fidelity import Fidelity, compare
