@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from reapc.checkpoint.atomic import claim_folder, make_folder, refuse_existing, remove
+from reapc.checkpoint.atomic import claim_folder, make_folder, refuse_existing, remove, require_room
 from reapc.checkpoint.reader import Checkpoint, listed
 from reapc.errors import ReapcError
 from reapc.progress import Progress
@@ -22,6 +22,7 @@ from reapc.prune.heal import HealedLayer, heal
 from reapc.prune.rewrite import prune
 from reapc.quantize.folder_form import FolderForm
 from reapc.quantize.gguf_form import GgufForm
+from reapc.quantize.gguf_view import view_bytes
 from reapc.stream.tokens import Tokens
 from reapc.verify.fidelity import Fidelity, compare
 
@@ -96,7 +97,8 @@ def prune_and_heal(
     pruned = work / "pruned"
     if not pruned.is_dir():  # else left by an interrupted run
         prune(original, kept, pruned, progress, **settings)
-    healed = heal_and_judge(original, pruned, tokens, work / "heal", out, progress)
+    whole = Checkpoint(original.folder) if original.as_stored else original  # that can be computed with
+    healed = heal_and_judge(whole, pruned, tokens, work / "heal", out, progress)
     remove(work)
     return sum(shard.stat().st_size for shard in Checkpoint(out).shards), healed
 
@@ -131,6 +133,7 @@ def heal_quantized(
         if result.is_dir():
             form = FolderForm(Checkpoint(result), Checkpoint(source))
         else:
+            require_room(view, view_bytes(original.spec), "a layer of the quantized model in float32")
             form = GgufForm(source, result, imatrix, view)
         found = judged(original, form, result, tokens, work, out, progress, **settings)
         if isinstance(form, GgufForm) and form.view.left:

@@ -46,7 +46,7 @@ class GgufDown(Down):
     def rounded(self, expert: int, values: torch.Tensor, basis: Basis) -> tuple[torch.Tensor, NDArray[np.uint8]]:
         kind = self._stored.tensor_type
         weights = importance_of(self._view.importance, self._file_name, expert)
-        blocks = quantized(values.numpy(), kind.name, weights)
+        blocks = quantized(values.numpy(), kind.name, weights, os.cpu_count() or 1)
         return torch.from_numpy(dequantize(blocks, kind)), blocks
 
     def keep(self, expert: int, packed: NDArray[np.uint8]) -> None:

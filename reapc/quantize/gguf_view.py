@@ -20,7 +20,7 @@ from gguf import ReaderTensor
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from reapc.arch.spec import TensorGroup
+from reapc.arch.spec import ModelSpec, TensorGroup
 from reapc.checkpoint.atomic import atomic_path, remove
 from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import ReapcError
@@ -192,6 +192,12 @@ class GgufView(Checkpoint):
             return own
         weights = importance_of(self.importance, next(iter(parts)), matrix)
         return rounded(own, types.pop(), weights)
+
+
+def view_bytes(spec: ModelSpec) -> int:
+    """Disk that a view takes: the largest layer, the embeddings and the head in float32."""
+    layers = (sum(g.parameters(spec.num_experts) for g in layer.kind.tensors) for layer in spec.layers)
+    return 4 * (max(layers) + sum(group.parameters(spec.num_experts) for group in spec.outer))
 
 
 def _stored_name(layer: int | None, part: str) -> str:
