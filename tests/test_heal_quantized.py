@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokens, run_main
+from conftest import make_model, make_project, make_tokens, run_main
 from quantized_models import SCHEMES, packed_copy
 from safetensors.torch import load_file, save_file
+from test_build import RECIPE as BUILD
 
 from reapc.checkpoint.decode import decode, unpack_stream, unpack_words
 from reapc.checkpoint.reader import Checkpoint
@@ -141,6 +143,48 @@ def test_a_quantized_checkpoint_leaves_in_its_own_packing(name: str, parts: set[
     assert all(".experts." in key and key.rpartition(".")[0].endswith("down_proj") for key in changed)
     assert (tmp_path / "healed" / "config.json").read_bytes() == (pruned / "config.json").read_bytes()
     assert not (tmp_path / "work").exists()
+
+
+VLLM = BUILD.replace('ram = "80MB"', 'name = "rtx4090"').replace("experts = 9", "experts = 8").replace("= 16", "= 56")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    changes = {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 32, "num_experts_per_tok": 4}
+    return make_project(folder, VLLM, sequences=60, dtype=torch.bfloat16, **changes)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "parts"),
+    [
+        ("fp8-block:experts", {"weight", "weight_scale_inv"}),
+        ("ct-w3g32:experts+layers.1=16", {"weight_packed", "weight"}),
+    ],
+)
+def test_a_build_heals_the_folder_that_it_quantizes(
+    fmt: str, parts: set[str], project: Path, cache: str, capsys, tmp_path: Path
+) -> None:
+    """By AutoRound and by the cast; where a layer stays in 16 bit, its down projections make up for the others."""
+    found = {}
+    for name, setting in (("plain", "false"), ("healed", "true")):
+        options = (f'quantize.format="{fmt}"', "quantize.iters=0", f"quantize.heal={setting}")
+        code, _, err = run_main(
+            capsys, "build", project / "tiny.toml", *(part for option in options for part in ("--set", option)),
+            "--out", tmp_path / name,
+        )  # fmt: skip
+        assert code == 0, err
+        found[name] = json.loads((tmp_path / name / "manifest.json").read_text())
+    healing = found["healed"]["healing_quantized"]
+    assert healing["healed"]
+    assert healing["after"]["kl"] < healing["before"]["kl"]
+    assert "quantize" in found["healed"]["reused"]
+    folders = [next((tmp_path / name).rglob("config.json")).parent for name in ("plain", "healed")]
+    before, after = (stored_bytes(folder) for folder in folders)
+    assert before.keys() == after.keys()
+    changed = {key for key, value in after.items() if before[key] != value}
+    assert all(key.rpartition(".")[0].endswith("down_proj") for key in changed)
+    assert {key.rpartition(".")[2] for key in changed} == parts
 
 
 @pytest.mark.parametrize("name", ["nvfp4:experts"])
