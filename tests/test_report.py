@@ -230,8 +230,9 @@ class TestWhatLacks:
         assert "cannot be read" in page.text or "could not be drawn" in page.text or "another version" in page.text
 
     @pytest.mark.parametrize("key", [
-        "fidelity", "fit", "kept", "stability", "healing", "healing_quantized", "model", "recipe", "versions", "stage_seconds", "reused",
-        "files", "held_out", "calibration", "seconds", "experts_kept", "format", "recipe_name", "date",
+        "fidelity", "fit", "kept", "stability", "healing", "healing_quantized", "model", "recipe", "versions",
+        "stage_seconds", "reused", "files", "held_out", "calibration", "seconds", "experts_kept", "format",
+        "recipe_name", "date",
     ])  # fmt: skip
     def test_a_manifest_that_lacks_or_lies(self, builds: dict[str, Path], key: str) -> None:
         folder = builds["healed"]
