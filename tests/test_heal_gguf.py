@@ -16,6 +16,7 @@ from gguf.quants import dequantize
 from gguf_pruned import convert_all, for_converter, tiny
 from numpy.typing import NDArray
 from test_build import RECIPE as BUILD
+from test_heal import lacking
 
 from reapc import healing
 from reapc.checkpoint.reader import Checkpoint
@@ -180,6 +181,22 @@ def test_a_result_that_healing_made_worse_ships_as_it_was(
     assert not json.loads((tmp_path / "out" / "manifest.json").read_text())["healing_quantized"]["healed"]
     quantized, shipped = (folders[name] / "model.gguf" for name in ("quantize", "heal-quantized"))
     assert quantized.read_bytes() == shipped.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "granitemoe", "deepseek_v3"])
+def test_what_is_lacking_is_what_the_healed_file_still_lacks(name: str, families: Any, tmp_path: Path) -> None:
+    """The error that is reported of the first layer with experts is that of the file that was written, read anew."""
+    folder, path, imatrix = families[name]
+    original = Checkpoint(folder)
+    texts = [make_tokens(count, 32, original.spec.vocab_size, seed=count, padded=True) for count in (60, 20)]
+    form, out = GgufForm(folder, path, imatrix, tmp_path), tmp_path / "healed" / "q4.gguf"
+    first = heal(original, form, *texts, tmp_path / "work", out, Silent())[0]
+    assert first.kept
+    assert first.choice[1] < first.choice[0]
+    for file, expected in ((path, first.choice[0]), (out, first.choice[1])):
+        (tmp_path / file.name).mkdir()
+        found = lacking(original, GgufView(folder, file, imatrix, tmp_path / file.name), first.layer, texts[1])
+        assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(families: Any, tmp_path: Path, monkeypatch) -> None:

@@ -10,19 +10,26 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_project, make_tokens, run_main
+from family_models import make as make_family
 from quantized_models import SCHEMES, packed_copy
 from safetensors.torch import load_file, save_file
 from test_build import RECIPE as BUILD
+from test_heal import lacking
+from test_source_packings import FUSED
 
+from reapc.arch import model_spec
 from reapc.checkpoint.decode import decode, unpack_stream, unpack_words
 from reapc.checkpoint.reader import Checkpoint
+from reapc.formats.layout import tensors_of
 from reapc.formats.packing import Packing
 from reapc.healing import heal_and_judge
 from reapc.observe.observe import observe
 from reapc.progress import Silent
 from reapc.prune.criteria import choose, expert_values
+from reapc.prune.heal import heal
 from reapc.prune.rewrite import prune
 from reapc.quantize.encode import encode, pack_stream, pack_words
+from reapc.quantize.folder_form import FolderForm
 from reapc.stream.tokens import write_tokens
 
 TENSOR_FP8 = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
@@ -143,6 +150,47 @@ def test_a_quantized_checkpoint_leaves_in_its_own_packing(name: str, parts: set[
     assert all(".experts." in key and key.rpartition(".")[0].endswith("down_proj") for key in changed)
     assert (tmp_path / "healed" / "config.json").read_bytes() == (pruned / "config.json").read_bytes()
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_fused_experts_in_fp8(kind: str, tmp_path: Path) -> None:
+    """Qwen3-VL's tiles of all experts in one tensor, Llama-4's scale for each column: what is reported of the first
+    layer is what the files that were written lack."""
+    name, scheme = FUSED[kind]
+    (tmp_path / "plain").mkdir()
+    make_family(name, tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    spec = model_spec(deepcopy(config))
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    config["quantization_config"] = deepcopy(scheme)
+    for tensor, group in tensors_of(spec):
+        if group.linears and group.expert_axis is None:
+            config["quantization_config"]["modules_to_not_convert"].append(tensor.module)
+        elif group.linears:
+            experts, rows, columns = tensor.shape
+            tiles = torch.ones(-(-rows // 128), -(-columns // 128))
+            own = {"weight_scale_inv": tiles} if kind == "tiles" else {"column_scale": torch.ones(1, columns)}
+            packing = Packing("fp8-block", 8, block=(128, 128)) if kind == "tiles" else Packing("fp8", 8)
+            parts = [encode(tensors[tensor.name][e].float(), packing, own) for e in range(experts)]
+            tensors[tensor.name] = torch.stack([part.pop("weight") for part in parts])
+            scales = torch.stack([next(iter(part.values())) for part in parts])
+            if kind == "columns" and "down" in tensor.name:  # as transformers writes them
+                scales = scales.mT.contiguous()
+            tensors[f"{tensor.name}_scale{'_inv' if kind == 'tiles' else ''}"] = scales
+    (tmp_path / "m").mkdir()
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    original = Checkpoint(tmp_path / "m")
+    pruned = Checkpoint(pruned_by_half(tmp_path / "m", tmp_path / "pruned"))
+    texts = [make_tokens(count, 32, spec.vocab_size, seed=count) for count in (160, 40)]
+    out = tmp_path / "healed"
+    first = heal(original, FolderForm(pruned), *texts, tmp_path / "work", out, Silent())[0]
+    assert first.kept
+    assert lacking(original, pruned, first.layer, texts[1]) == pytest.approx(first.choice[0], rel=1e-3)
+    assert lacking(original, Checkpoint(out), first.layer, texts[1]) == pytest.approx(first.choice[1], rel=1e-3)
+    before, after = stored_bytes(tmp_path / "pruned"), stored_bytes(out)
+    changed = {key.split("experts.")[-1] for key, value in after.items() if before[key] != value}
+    assert changed == {"down_proj", "down_proj_scale" + ("_inv" if kind == "tiles" else "")}
 
 
 VLLM = BUILD.replace('ram = "80MB"', 'name = "rtx4090"').replace("experts = 9", "experts = 8").replace("= 16", "= 56")
