@@ -113,6 +113,11 @@ def _build_key(inputs: _Inputs, tools: dict[str, str]) -> str:
     )
 
 
+def _values_of(criterion: str) -> str:
+    """The criterion whose values say what experts are worth: reap's where it has none (greedy removal, "none")."""
+    return criterion if criterion in CRITERIA else "reap"
+
+
 class Build:
     """One build of one recipe."""
 
@@ -127,6 +132,7 @@ class Build:
         self.start = time.monotonic()
         self.stability: dict[str, Any] = {}
         self.healing: dict[str, Any] = {}
+        self.healing_quantized: dict[str, Any] = {}
         self.choice: dict[str, Any] = {}
         self.allocation: dict[str, Any] = {}
         self.quantized: dict[str, Any] = {}  # what the manifest says of a quantized checkpoint
@@ -144,7 +150,7 @@ class Build:
         if given and scores:
             check_scores(given, checkpoint, scores)
         calibration, held_out = _split(recipe, folder, checkpoint.spec, progress)
-        if recipe.prune.heal:
+        if recipe.prune.heal or recipe.quantize.heal:
             split(calibration)  # refuses too few sequences before anything is computed
         self.inputs = _Inputs(recipe, checkpoint, calibration, held_out, given)
         self.passes = Passes(
@@ -166,7 +172,7 @@ class Build:
         healed = self.requirements.heals(chosen)
         return estimate(
             inputs.checkpoint, self.first_plan, inputs.calibration, inputs.held_out, tool, iters, decoded, healed,
-            self.requirements.measures(chosen),
+            self.requirements.measures(chosen), self.requirements.heals_quantized(chosen),
         )  # fmt: skip
 
     def run(self, out: Path) -> BuildResult:
@@ -189,7 +195,8 @@ class Build:
         groups = groups_of(inputs.checkpoint.spec, self.recipe.prune.dissolve_groups)
         plan, kept = self._choose(scores, plan, groups)
         self._say_stability(scores, plan, groups)
-        result = self._quantize(self._prune(kept, plan, scores), plan)
+        pruned = self._prune(kept, plan, scores)
+        result = self._heal_quantized(pruned, self._quantize(pruned, plan), plan)
         fit = check_fit(result, plan)
         fidelity = self._fidelity(result, reference)
         check_limits(fidelity, self.recipe.verify)
@@ -207,7 +214,7 @@ class Build:
         """The experts that stay: by the recipe's criterion, or by the one that measuring has chosen."""
         calibration, count = self.inputs.calibration, plan.chosen.experts_kept
         if not self.requirements.measures(plan.chosen):
-            return plan, choose(scores, plan.criterion, count, groups)
+            return plan, choose(scores, _values_of(plan.criterion), count, groups)
         seed, dissolve = self.recipe.calibration.seed, self.recipe.prune.dissolve_groups
         try:
             samples_of(calibration, seed)
@@ -221,8 +228,7 @@ class Build:
 
     def _say_stability(self, scores: Scores, plan: Plan, groups: int) -> None:
         """How far the choice of experts depends on the calibration text: logged, and kept for the manifest."""
-        criterion = plan.criterion if plan.criterion in CRITERIA else "reap"  # greedy removal has no values of experts
-        found = stability(scores, criterion, plan.chosen.experts_kept, groups)
+        found = stability(scores, _values_of(plan.criterion), plan.chosen.experts_kept, groups)
         for line in found.lines():
             self.progress.log(f"scores: {line}")
         self.stability = found.to_json()
@@ -252,7 +258,8 @@ class Build:
         whole = settings.mtp == "prune" or not checkpoint.spec.mtp_layers
         pruned = passes.source
         if plan.chosen.experts_kept != checkpoint.spec.num_experts or not whole:
-            worth = "reap" if self.choice else plan.criterion  # all candidates were measured with reap's values
+            # all candidates of a choice were measured with reap's values
+            worth = "reap" if self.choice else _values_of(plan.criterion)
             pruned = passes.prune(kept, scores, worth, settings.mtp, settings.dissolve_groups)
         if self.requirements.decodes(plan.chosen):
             pruned = passes.decode(pruned)
@@ -267,6 +274,16 @@ class Build:
             return self.passes.quantize_gguf(pruned, plan.chosen.format, self.recipe.quantize.imatrix, types)
         fmt = allocated_format(self.allocation) if self.allocation else self.requirements.written(plan.chosen)
         return pruned.path if fmt is None else self._quantize_checkpoint(pruned, fmt)
+
+    def _heal_quantized(self, pruned: Staged, result: Path, plan: Plan) -> Path:
+        """The result refitted once more, where the recipe asks for it and anything was quantized."""
+        if not self.requirements.heals_quantized(plan.chosen):
+            if self.recipe.quantize.heal:
+                self.progress.log(f"quantize.heal: {plan.chosen.format} is not quantized here, so nothing to heal")
+            return result
+        imatrix, types = self.recipe.quantize.imatrix, self.allocation.get("types")
+        result, self.healing_quantized = self.passes.heal_quantized(pruned, result, plan.chosen.format, imatrix, types)
+        return result
 
     def _quantize_checkpoint(self, pruned: Staged, fmt: WeightFormat) -> Path:
         """The checkpoint in ``fmt``, reloaded strictly and compared with the pruned one tensor by tensor."""
@@ -318,6 +335,7 @@ class Build:
             "engine": plan.chosen.engine,
             "choice": self.choice,
             "healing": self.healing,
+            "healing_quantized": self.healing_quantized,
             "allocation": self.allocation,
             "fit": [row.__dict__ for row in fit],
             **self.quantized,

@@ -12,8 +12,10 @@ from reapc.checkpoint.reader import Checkpoint
 from reapc.choice.samples import disk_tokens, forward_tokens
 from reapc.observe.observe import disk_bytes
 from reapc.plan import Plan
+from reapc.prune.heal import SWEEPS
 from reapc.prune.heal_sides import disk_bytes as heal_bytes
 from reapc.quantize import worker
+from reapc.quantize.gguf_view import view_bytes
 from reapc.stream.run import TOKENS_PER_BATCH
 from reapc.stream.tokens import Tokens
 from reapc.units import format_bytes, format_seconds
@@ -59,12 +61,12 @@ def _matmul_rate() -> float:
 
 def estimate(
     checkpoint: Checkpoint, plan: Plan, calibration: Tokens, held_out: Tokens, tool: str = "", iters: int = 0,
-    decoded: bool = False, healed: bool = False, measured: bool = False,
+    decoded: bool = False, healed: bool = False, measured: bool = False, healed_quantized: bool = False,
 ) -> Estimate:  # fmt: skip
     """The needs of a build of ``plan``: two observations, a verification, the copies between, and the quantizer.
     ``tool`` writes a vLLM format ("" where none is written), AutoRound with ``iters`` steps per layer. ``decoded``: the
-    pruned checkpoint is written in 16 bit once more. ``healed``: it is refitted to the original.
-    ``measured``: the criterion is chosen by measuring candidates."""
+    pruned checkpoint is written in 16 bit once more. ``healed``: it is refitted to the original; ``healed_quantized``:
+    the quantized result is. ``measured``: the criterion is chosen by measuring candidates."""
     spec, chosen = checkpoint.spec, plan.chosen
     active = spec.active_parameters
     tokens = 2 * calibration.count + 2 * held_out.count
@@ -88,12 +90,19 @@ def estimate(
     if measured:
         seconds += 2 * active * forward_tokens(spec, calibration) / (_matmul_rate() * _FORWARD_EFFICIENCY)
     healed_bytes = 0
+    sides = heal_bytes(calibration, spec.hidden_size, spec.top_k, spec.expert_intermediate_size)
+    healing_seconds = _HEALING_FORWARDS * 2 * active * calibration.count / (_matmul_rate() * _FORWARD_EFFICIENCY)
     if healed:
-        seconds += _HEALING_FORWARDS * 2 * active * calibration.count / (_matmul_rate() * _FORWARD_EFFICIENCY)
-        # the healed layers, then the healed checkpoint
-        healed_bytes = 2 * 2 * pruned_spec.parameters + heal_bytes(
-            calibration, spec.hidden_size, spec.top_k, spec.expert_intermediate_size
-        )
+        seconds += healing_seconds
+        healed_bytes = 2 * 2 * pruned_spec.parameters + sides  # the healed layers, then the healed checkpoint
+    if healed_quantized:
+        # the down projections are rounded at every turn, as the quantizer rounds
+        downs = len(spec.moe_layers) * chosen.experts_kept * spec.expert_intermediate_size * spec.hidden_size
+        seconds += healing_seconds
+        seconds += SWEEPS * downs / (_QUANTIZE_WEIGHTS_PER_SECOND_AND_CORE * (os.cpu_count() or 1))
+        before = 2 * pruned_spec.parameters if healed else 0
+        quantized_bytes = 2 * chosen.file_bytes + view_bytes(pruned_spec)  # the healed layers, then the healed result
+        healed_bytes = max(healed_bytes, before + quantized_bytes + sides)
     reference = 4 * held_out.input_ids.size * min(spec.vocab_size, 512)
     copies = pruned_bytes + healed_bytes + base_bytes + chosen.file_bytes
     states = disk_bytes(checkpoint, calibration, held_out)

@@ -5,18 +5,24 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from reapc.checkpoint.atomic import claim_folder, refuse_existing, remove
-from reapc.checkpoint.reader import Checkpoint
+from reapc.checkpoint.atomic import claim_folder, make_folder, refuse_existing, remove, require_room
+from reapc.checkpoint.reader import Checkpoint, listed
 from reapc.errors import ReapcError
 from reapc.progress import Progress
-from reapc.prune.heal import HealedLayer, heal, write_with
+from reapc.prune.forms import Form
+from reapc.prune.heal import HealedLayer, heal
 from reapc.prune.rewrite import prune
+from reapc.quantize.folder_form import FolderForm
+from reapc.quantize.gguf_form import GgufForm
+from reapc.quantize.gguf_view import view_bytes
 from reapc.stream.tokens import Tokens
 from reapc.verify.fidelity import Fidelity, compare
 
@@ -91,7 +97,8 @@ def prune_and_heal(
     pruned = work / "pruned"
     if not pruned.is_dir():  # else left by an interrupted run
         prune(original, kept, pruned, progress, **settings)
-    healed = heal_and_judge(original, pruned, tokens, work / "heal", out, progress)
+    whole = Checkpoint(original.folder) if original.as_stored else original  # that can be computed with
+    healed = heal_and_judge(whole, pruned, tokens, work / "heal", out, progress)
     remove(work)
     return sum(shard.stat().st_size for shard in Checkpoint(out).shards), healed
 
@@ -99,14 +106,69 @@ def prune_and_heal(
 def heal_and_judge(
     original: Checkpoint, pruned: Path, tokens: Tokens, work: Path, out: Path, progress: Progress, **settings: Any
 ) -> Healed:
-    """Writes ``pruned`` healed to the folder ``out``, or as it was where healing made it worse (KL, or top-1 by more
-    than ``TOP1_LOSS``). ``settings``: see ``heal``."""
+    """Writes ``pruned``, a checkpoint in 16 or 32 bit or in a packing that can be written (``FolderForm``), healed to
+    the folder ``out``, or as it was where healing made it worse (KL, or top-1 by more than ``TOP1_LOSS``).
+    ``settings``: see ``heal``."""
+    return judged(original, FolderForm(Checkpoint(pruned)), pruned, tokens, work, out, progress, **settings)
+
+
+def heal_quantized(
+    original: Checkpoint,
+    source: Path,
+    result: Path,
+    imatrix: Path | None,
+    tokens: Tokens,
+    work: Path,
+    out: Path,
+    progress: Progress,
+    **settings: Any,
+) -> Healed:
+    """Writes ``result``, the GGUF file or the folder that the checkpoint ``source`` was quantized to (with
+    ``imatrix``), healed to ``out``, or as it was where healing made it worse.
+
+    The down projections of ``source`` are refitted to ``original`` beside all other weights as they are in ``result``,
+    and rounded as they are stored there."""
+    with _view(work) as view:
+        form: Form
+        if result.is_dir():
+            form = FolderForm(Checkpoint(result), Checkpoint(source))
+        else:
+            require_room(view, view_bytes(original.spec), "a layer of the quantized model in float32")
+            form = GgufForm(source, result, imatrix, view)
+        found = judged(original, form, result, tokens, work, out, progress, **settings)
+        if isinstance(form, GgufForm) and form.view.left:
+            left = listed(sorted(form.view.left))
+            progress.log(f"heal: taken as in 16 bit, because how they lie in the file is not known: {left}")
+    return found
+
+
+@contextmanager
+def _view(work: Path) -> Iterator[Path]:
+    """A folder beside ``work`` for what is made anew whenever it is needed."""
+    view = work.with_name(work.name + ".view")
+    remove(view)
+    make_folder(view)
+    try:
+        yield view
+    finally:
+        remove(view)
+
+
+def judged(
+    original: Checkpoint,
+    form: Form,
+    unhealed: Path,
+    tokens: Tokens,
+    work: Path,
+    out: Path,
+    progress: Progress,
+    **settings: Any,
+) -> Healed:
+    """Writes ``form`` healed to ``out``, or as it was where healing made it worse; ``unhealed``: where it lies."""
     fit, choice, report = split(tokens)
-    checkpoint = Checkpoint(pruned)
-    layers = heal(original, checkpoint, fit, choice, work, out, progress, **settings)
-    result = Healed(
-        layers, compare(original.folder, pruned, report, progress), compare(original.folder, out, report, progress)
-    )
+    layers = heal(original, form, fit, choice, work, out, progress, **settings)
+    before, after = (compare(original.folder, path, report, progress) for path in (unhealed, out))
+    result = Healed(layers, before, after)
     progress.log(
         f"heal: KL {result.before.kl:.4f} -> {result.after.kl:.4f}, top-1 {result.before.top1:.4f} -> "
         f"{result.after.top1:.4f} on {result.after.tokens} tokens that nothing was fitted to or chosen by"
@@ -114,5 +176,5 @@ def heal_and_judge(
     if not result.kept:
         progress.log("heal: worse, so the result stays unhealed")
         remove(out)
-        write_with(checkpoint, [], out)
+        form.write([], out)
     return result

@@ -15,7 +15,7 @@ from reapc.checkpoint.atomic import remove
 from reapc.checkpoint.reader import Checkpoint
 from reapc.choice.measure import Choice, choose_measured
 from reapc.formats.weights import WeightFormat
-from reapc.healing import heal_and_judge
+from reapc.healing import heal_and_judge, heal_quantized
 from reapc.observe.observe import observe, observe_reference
 from reapc.observe.scores import Scores, load_scores
 from reapc.progress import Progress
@@ -216,8 +216,7 @@ class Passes:
         base = self.convert(pruned, "f16" if fmt == "F16" else "bf16")
         if fmt in UNQUANTIZED_GGUF:
             return base.path
-        wanted = with_imatrix and (types or fmt != "Q8_0")  # llama-quantize rounds Q8_0 without one
-        imatrix = self.imatrix(pruned) if wanted else None
+        imatrix = self._imatrix_for(pruned, fmt, with_imatrix, types)
         depends = {
             "base": base.key,
             "imatrix": imatrix.key if imatrix else "",
@@ -233,6 +232,39 @@ class Passes:
 
         folder, _ = self.cache.run("quantize", depends, work)
         return folder / "model.gguf"
+
+    def _imatrix_for(
+        self, pruned: Staged, fmt: str, with_imatrix: bool, types: Mapping[str, str] | None
+    ) -> Staged | None:
+        """The importance matrix that a GGUF is quantized with."""
+        wanted = with_imatrix and (types or fmt != "Q8_0")  # llama-quantize rounds Q8_0 without one
+        return self.imatrix(pruned) if wanted else None
+
+    def heal_quantized(
+        self, pruned: Staged, result: Path, fmt: str, with_imatrix: bool = True, types: Mapping[str, str] | None = None
+    ) -> tuple[Path, dict[str, Any]]:
+        """What ``pruned`` was quantized to (a stage's GGUF or folder), refitted to the original once more, and what
+        became of it. ``fmt`` and the rest as for ``quantize_gguf``."""
+        matrix = None if result.is_dir() else self._imatrix_for(pruned, fmt, with_imatrix, types)
+        depends = {
+            "original": self.checkpoint.digest,
+            "model": pruned.key,
+            "result": result.parent.name,
+            "imatrix": matrix.key if matrix else "",
+            "calibration": self.calibration.digest,
+            "tools": llamacpp_version() if result.suffix == ".gguf" else "",
+            "reapc": __version__,
+        }
+
+        def work(folder: Path, scratch: Path) -> None:
+            found = heal_quantized(
+                self.checkpoint, pruned.path, result, matrix.path if matrix else None, self.calibration, scratch,
+                folder / result.name, self.progress,
+            )  # fmt: skip
+            (folder / "healing.json").write_text(json.dumps(found.to_json(), indent=2) + "\n")
+
+        folder, _ = self.cache.run("heal-quantized", depends, work)
+        return folder / result.name, json.loads((folder / "healing.json").read_text())
 
     def convert(self, pruned: Staged, outtype: str) -> Staged:
         """The pruned checkpoint as GGUF in 16 bit."""

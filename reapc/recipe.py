@@ -89,6 +89,8 @@ class QuantizeSection(_Section):
     imatrix: bool = True
     # expert count, KV type and every tensor's GGUF type, or every part's width in vLLM, chosen together (allocate/)
     allocate: bool = False
+    # the experts' down projections refitted once more beside all weights as they were quantized (healing.py)
+    heal: bool = False
     pre_tokenizer: str | None = None
 
     @property
@@ -247,6 +249,18 @@ def make_recipe(data: dict[str, Any], path: Path) -> Recipe:
             )
         if not quantize.imatrix:
             raise ReapcError(f"{where}: quantize.allocate needs the importance matrix", hint="remove imatrix = false")
+    if recipe.quantize.heal:
+        quantize = recipe.quantize
+        plain = quantize.format.lower() in ("bf16", "f16", "fp16", "f32") or quantize.bits == 16
+        if quantize.method == "none" or plain:
+            key, value = ("method", quantize.method) if quantize.method == "none" else ("format", quantize.format)
+            if value == "auto":
+                key, value = "bits", "16"
+            raise ReapcError(
+                f'{where}: quantize.heal = true, but quantize.{key} = "{value}": nothing is quantized that could be '
+                "healed",
+                hint="remove one of the two; prune.heal heals what pruning did",
+            )
     if recipe.prune.heal and recipe.prune.method == "none":
         raise ReapcError(
             f'{where}: prune.heal = true, but prune.method = "none": without pruning there is nothing to heal',

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from reapc.checkpoint.reader import Checkpoint
-from reapc.errors import CannotBeDone
+from reapc.formats.gguf_types import UNQUANTIZED
 from reapc.formats.weights import WeightFormat, parse
 from reapc.plan import Candidate, Plan
 from reapc.planner.search import make_plan
 from reapc.probes import Host, available_ram
 from reapc.prune.stored import stored_format
 from reapc.quantize import checkpoint as quantizer
+from reapc.quantize.folder_form import FolderForm
 from reapc.recipe import Recipe
 from reapc.toolchain import require
 
@@ -56,17 +57,19 @@ class Requirements:
         return self.recipe.prune.method == "auto" and chosen.experts_kept < self.checkpoint.spec.num_experts
 
     def heals(self, chosen: Candidate) -> bool:
-        """Whether the pruned checkpoint is refitted to the original. CannotBeDone where the result consists of the
-        checkpoint's own quantized bytes: refitted weights would have to be quantized anew."""
+        """Whether the pruned checkpoint is refitted to the original. CannotBeDone where the result keeps the
+        checkpoint's own packing, and refitted weights cannot be written in it."""
         if not self.recipe.prune.heal or chosen.experts_kept == self.checkpoint.spec.num_experts:
             return False
         if self.checkpoint.quantization is not None and self.copies(chosen):
-            raise CannotBeDone(
-                f"{self.checkpoint.folder}: prune.heal = true, and the plan keeps the bytes as they are stored "
-                f"({chosen.format}): healed weights are not quantized anew in this version",
-                hint="set prune.heal = false, or another quantize.method",
-            )
+            FolderForm(self.checkpoint)
         return True
+
+    def heals_quantized(self, chosen: Candidate) -> bool:
+        """Whether the quantized result is refitted to the original."""
+        if not self.recipe.quantize.heal:
+            return False
+        return chosen.format not in UNQUANTIZED if chosen.engine == "llama.cpp" else self.written(chosen) is not None
 
     def check_tools(self, chosen: Candidate) -> dict[str, str]:
         """Whatever the plan's quantizer needs is looked for before anything is computed; versions of its packages."""

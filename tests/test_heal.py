@@ -101,6 +101,20 @@ def test_a_pruned_model_comes_closer(tmp_path: Path) -> None:
     assert not (tmp_path / "w").exists()
 
 
+def lacking(original: Checkpoint, healed: Checkpoint, layer: int, tokens: Tokens) -> float:
+    """What the layer of one model lacks of the other's, as a share of it by token, both run from the ids on."""
+    states = []
+    mask = torch.from_numpy(tokens.mask)
+    for checkpoint in (original, healed):
+        model = StreamedModel(checkpoint)
+        hidden = model.embed(torch.from_numpy(tokens.input_ids.astype(np.int64)))
+        for index in range(layer + 1):
+            with model.layer(index) as forward:
+                hidden = forward(hidden, mask, None)
+        states.append(hidden[mask].double())
+    return float(((states[0] - states[1]).square().mean(-1) / states[0].square().mean(-1)).mean())
+
+
 @pytest.mark.parametrize("name", ["bf16", "glm4_moe plain", "granitemoe", "gpt_oss", "minimax_m3"])
 def test_what_is_lacking_is_what_the_healed_checkpoint_still_lacks(name: str, tmp_path: Path) -> None:
     """Experts one by one and together, (out, in) and (in, out), in float32 and bf16: the error that is reported of the
@@ -115,15 +129,7 @@ def test_what_is_lacking_is_what_the_healed_checkpoint_still_lacks(name: str, tm
     first = reports[0]
     assert first.kept
     assert first.choice[1] < 0.99 * first.choice[0]
-    states = []
-    for checkpoint in (original, Checkpoint(tmp_path / "healed")):
-        model = StreamedModel(checkpoint)
-        hidden = model.embed(torch.from_numpy(CHOICE.input_ids.astype(np.int64)))
-        for index in range(first.layer + 1):
-            with model.layer(index) as forward:
-                hidden = forward(hidden, torch.from_numpy(CHOICE.mask), None)
-        states.append(hidden[torch.from_numpy(CHOICE.mask)].double())
-    error = float(((states[0] - states[1]).square().mean(-1) / states[0].square().mean(-1)).mean())
+    error = lacking(original, Checkpoint(tmp_path / "healed"), first.layer, CHOICE)
     assert error == pytest.approx(first.choice[1], rel=1e-3)
 
 

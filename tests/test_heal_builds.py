@@ -98,13 +98,37 @@ def test_what_cannot_be_healed_is_refused_before_anything_is_computed(
     assert (code, "healing needs some to fit" in err) == (2, True)
     code, err = refused('prune.method="none"', 'prune.experts="auto"')
     assert (code, "without pruning there is nothing to heal" in err) == (2, True)
+
+
+def test_a_build_that_keeps_fp8_heals_in_fp8(project: Path, cache: str, capsys, tmp_path: Path) -> None:
+    """Down projections in the scheme of the source, everything else its own bytes."""
     quantized(project / "model", tmp_path / "fp8", "fp8")
     shutil.copy(project / "tokens.safetensors", tmp_path)
     text = (project / "tiny.toml").read_text().replace('"model"', '"fp8"').replace('format = "BF16"', 'method = "none"')
     text = text.replace('ram = "80MB"', 'name = "rtx4090"')
     (tmp_path / "fp8.toml").write_text(text)
-    code, err = refused(recipe=tmp_path / "fp8.toml")
-    assert (code, "healed weights are not quantized anew" in err) == (1, True), err
+    code, _, err = run_main(capsys, "build", tmp_path / "fp8.toml", "--out", tmp_path / "out")
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (found["healing"]["healed"], found["as_stored"]) == (True, True)
+    assert found["healing"]["after"]["kl"] < found["healing"]["before"]["kl"]
+    source, result = Checkpoint(tmp_path / "fp8"), Checkpoint(next((tmp_path / "out").rglob("config.json")).parent)
+    assert result.quantization.method == source.quantization.method
+    kept = {int(layer): experts for layer, experts in found["kept"].items()}
+    changed = set()
+    for name, entry in result.entries.items():
+        before = name
+        if ".experts." in name:
+            head, _, rest = name.partition(".experts.")
+            number, _, part = rest.partition(".")
+            before = f"{head}.experts.{kept[int(head.split('.')[2])][int(number)]}.{part}"
+        theirs = source.stored_tensor(before) if "mlp.gate." not in name else None
+        assert entry.dtype == source.entries[before].dtype
+        if theirs is not None and not torch.equal(
+            result.stored_tensor(name).view(torch.uint8), theirs.view(torch.uint8)
+        ):
+            changed.add(name.split(".")[-2])
+    assert changed == {"down_proj"}
 
 
 def interrupted(*_args, **_settings) -> None:

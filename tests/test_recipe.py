@@ -46,6 +46,7 @@ bits = 4
 group_size = 128
 format = "W4A16"
 imatrix = false
+heal = true
 pre_tokenizer = "qwen2"
 [calibration]
 data = "text.jsonl"
@@ -96,7 +97,7 @@ def test_defaults(tmp_path: Path) -> None:
         },
         "quantize": {
             "method": "auto", "bits": "auto", "group_size": "auto", "format": "auto", "mixed": {}, "iters": "auto",
-            "imatrix": True, "allocate": False, "pre_tokenizer": None,
+            "imatrix": True, "allocate": False, "heal": False, "pre_tokenizer": None,
         },
         "calibration": {"data": "auto", "sequences": 128, "tokens": 512, "seed": 0},
         "verify": {
@@ -123,7 +124,7 @@ def test_every_key(tmp_path: Path) -> None:
     }  # fmt: skip
     assert recipe.quantize.model_dump() == {
         "method": "gptq", "bits": 4, "group_size": 128, "format": "W4A16", "mixed": {}, "iters": "auto",
-        "imatrix": False, "allocate": False, "pre_tokenizer": "qwen2",
+        "imatrix": False, "allocate": False, "heal": True, "pre_tokenizer": "qwen2",
     }  # fmt: skip
     assert recipe.calibration.model_dump() == {"data": "text.jsonl", "sequences": 7, "tokens": 64, "seed": 3}
     assert recipe.verify.model_dump() == {

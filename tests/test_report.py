@@ -230,8 +230,9 @@ class TestWhatLacks:
         assert "cannot be read" in page.text or "could not be drawn" in page.text or "another version" in page.text
 
     @pytest.mark.parametrize("key", [
-        "fidelity", "fit", "kept", "stability", "healing", "model", "recipe", "versions", "stage_seconds", "reused",
-        "files", "held_out", "calibration", "seconds", "experts_kept", "format", "recipe_name", "date",
+        "fidelity", "fit", "kept", "stability", "healing", "healing_quantized", "model", "recipe", "versions",
+        "stage_seconds", "reused", "files", "held_out", "calibration", "seconds", "experts_kept", "format",
+        "recipe_name", "date",
     ])  # fmt: skip
     def test_a_manifest_that_lacks_or_lies(self, builds: dict[str, Path], key: str) -> None:
         folder = builds["healed"]
@@ -240,6 +241,20 @@ class TestWhatLacks:
         del manifest[key]
         for changed in (manifest, *({**manifest, key: lie} for lie in lies)):
             check_safe(build_page(BuildData(folder, changed, folder.parent)))
+
+    def test_healing_after_quantization_is_shown_below_the_other(self, builds: dict[str, Path]) -> None:
+        folder = builds["plain"]  # which has neither
+        other = json.loads((builds["healed"] / "manifest.json").read_text())["healing"]
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["healing_quantized"] == {}
+        said = {"before quantization": "healing", "after quantization": "healing_quantized"}
+        for keys in (["healing_quantized"], ["healing", "healing_quantized"]):
+            data = BuildData(folder, {**manifest, **dict.fromkeys(keys, other)}, folder.parent)
+            page = check_safe(build_page(data, strict=False))
+            text = page.by_section["healing"]
+            assert [when for when, key in said.items() if f"The model {when}" in text] == [
+                when for when, key in said.items() if key in keys
+            ]
 
     def test_a_build_succeeds_without_its_report(
         self, builds: dict[str, Path], tmp_path: Path, capsys, monkeypatch

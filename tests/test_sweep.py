@@ -86,6 +86,12 @@ class TestGrid:
             "Q8_0-12e", "Q4_0-8e-reap", "Q4_0-8e-reap-healed", "Q4_0-8e-ean", "Q4_0-8e-ean-healed",
         ]  # fmt: skip
 
+    def test_what_is_quantized_may_be_healed_after_it(self) -> None:
+        settings = Settings(("reap",), (False, True), refit=True)
+        found = expanded([Mix("Q8_0", 12, 1), Mix("BF16", 8, 1), Mix("bf16", 8, 1), Mix("fp8", 8, 1)], 12, settings)
+        assert [mix.name for mix in found if mix.refit] == ["Q8_0-12e-refit", "fp8-8e-reap-healed-refit"]
+        assert {mix.name for mix in found if mix.healed} >= {"BF16-8e-reap-healed", "bf16-8e-reap-healed"}
+
 
 def _point(kl: np.ndarray, mix: Mix) -> Point:
     return Point(mix, Sequences(kl, np.ones_like(kl), np.full(len(kl), 10.0)), mix.bytes, 0.0)
@@ -148,6 +154,8 @@ class TestPanel:
     def test_series(self) -> None:
         assert series_of(Mix("Q4_0", 6, 1, "ean", True), 12) == "ean, healed, quantized"
         assert series_of(Mix("Q4_0", 12, 1), 12) == ALL_EXPERTS
+        assert series_of(Mix("Q4_0", 12, 1, refit=True), 12) == f"{ALL_EXPERTS} and healed"
+        assert series_of(Mix("x", 6, 1, "ean", True, refit=True), 12) == "ean, healed, quantized and healed"
 
 
 def _sweep(capsys, project: Path, out: Path, *more: object) -> tuple[int, str, str]:
@@ -231,6 +239,19 @@ def test_pruning_alone_at_ratios_in_folders_and_in_fp8(project: Path, capsys, tm
     assert points["bf16-12e"]["kl"] == pytest.approx(0, abs=1e-6)
     assert 0 < points["fp8-12e"]["kl"] < points["bf16-9e-reap"]["kl"]
     assert points["fp8-9e-reap"]["bytes"] < points["bf16-9e-reap"]["bytes"]
+
+
+def test_what_is_quantized_is_healed_after_it(project: Path, capsys, tmp_path: Path) -> None:
+    code, _, err = _sweep(
+        capsys, project, tmp_path / "o", "--ratios", "0,0.25", "--formats", "Q4_K_M,fp8", "--heal", "no", "--criteria",
+        "reap", "--refit", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    points = json.loads((tmp_path / "o" / "sweep.json").read_text())["points"]
+    plain = {"Q4_K_M-12e", "fp8-12e", "Q4_K_M-9e-reap", "fp8-9e-reap"}
+    assert set(points) == plain | {f"{name}-refit" for name in plain}
+    assert all(points[f"{name}-refit"]["bytes"] == points[name]["bytes"] for name in plain)
+    assert points["Q4_K_M-9e-reap-refit"]["kl"] < points["Q4_K_M-9e-reap"]["kl"]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ class Checkpoint(Shards):
     ``as_stored``: quantized tensors are only ever copied, so a packing that cannot be decoded here is no obstacle and
     what belongs to it is not checked (``prune`` does, by its own rules)."""
 
+    in_files = True  # what is read lies in the shards, which may be read ahead
+
     def __init__(self, folder: Path, *, as_stored: bool = False) -> None:
         if not folder.is_dir():
             raise ReapcError(f"{folder}: no such folder", hint="a checkpoint is a folder with config.json")

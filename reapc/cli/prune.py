@@ -31,6 +31,7 @@ def _calibration(source: Any, tokens: Path, heal: bool, measured: bool) -> Any:
     from reapc.checkpoint.reader import Checkpoint
     from reapc.choice.samples import samples_of
     from reapc.healing import split
+    from reapc.quantize.folder_form import FolderForm
     from reapc.stream.tokens import read_tokens
 
     if not isinstance(source, Checkpoint):
@@ -39,7 +40,7 @@ def _calibration(source: Any, tokens: Path, heal: bool, measured: bool) -> Any:
             f"{option} with a GGUF file", hint=f"{what} the checkpoint that it was made of, and convert that"
         )
     if heal:
-        source.refuse_quantized("healing")
+        FolderForm(Checkpoint(source.folder))  # refuses packings that refitted weights are not written in
     text = read_tokens(tokens, source.spec.vocab_size)
     if heal:
         split(text)

@@ -36,6 +36,7 @@ def _others(values: tuple[str, ...]) -> list[tuple[str, Path]]:
 @click.option("--max-ratio", default=0.5, show_default=True, type=click.FloatRange(0, 1, max_open=True))
 @click.option("--criteria", default="reap,auto", show_default=True, help="Who chooses; auto: who loses least.")
 @click.option("--heal", default="both", show_default=True, type=click.Choice(["both", "yes", "no"]))
+@click.option("--refit", is_flag=True, help="Quantized mixes also healed after quantization (docs/healing.md).")
 @click.option("--joint/--no-joint", default=True, show_default=True, help="With budgets: the allocator's mixes too.")
 @click.option("--iters", type=click.IntRange(0), help="AutoRound's tuning steps.")
 @click.option(
@@ -47,8 +48,8 @@ def _others(values: tuple[str, ...]) -> list[tuple[str, Path]]:
 @click.option("--json", "as_json", is_flag=True, help="Print the frontier as JSON.")
 def command(
     model: str, revision: str | None, tokens: Path, panel: Path, budgets: str | None, ratios: str | None, formats: str,
-    mixes: int, max_ratio: float, criteria: str, heal: str, joint: bool, iters: int | None, also: tuple[str, ...],
-    pre_tokenizer: str | None, dissolve_groups: bool, out: Path, as_json: bool,
+    mixes: int, max_ratio: float, criteria: str, heal: str, refit: bool, joint: bool, iters: int | None,
+    also: tuple[str, ...], pre_tokenizer: str | None, dissolve_groups: bool, out: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Build and measure MODEL (a folder or hub id, 16 bit) pruned and quantized in every way, at equal bytes.
 
@@ -82,7 +83,7 @@ def command(
         checkpoint, calibration, StageCache(out / "stages", progress.log), progress, pre_tokenizer=pre_tokenizer
     )
     ways = {"both": (False, True), "yes": (True,), "no": (False,)}[heal]
-    settings = Settings(tuple(part.strip() for part in criteria.split(",")), ways, iters, dissolve_groups)
+    settings = Settings(tuple(part.strip() for part in criteria.split(",")), ways, iters, dissolve_groups, refit)
     chosen = parse_formats(formats, checkpoint.spec)
     if ratios:
         found = sweep_ratios(passes, held_out, out, settings, parse_ratios(ratios), chosen, others)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,13 +19,11 @@ import numpy as np
 import torch
 
 from reapc.checkpoint.atomic import atomic_path, claim_folder, refuse_existing, remove, require_room, write_text
-from reapc.checkpoint.reader import INDEX, Checkpoint
-from reapc.checkpoint.safetensors_file import OutTensor, read_header, write_copied
-from reapc.checkpoint.side_files import copy_side_files
-from reapc.checkpoint.streamed_writer import write_index
+from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.progress import Progress
-from reapc.prune.down import Down, stored_name
+from reapc.prune.down import Down
+from reapc.prune.forms import Form, PlainForm
 from reapc.prune.heal_sides import RoutedTotal, Side, disk_bytes
 from reapc.prune.refit import Basis, basis_of, solve
 from reapc.stream.expert_weights import Expert, ExpertPlaces, expert_places
@@ -56,7 +53,7 @@ class HealedLayer:
 
 def heal(
     original: Checkpoint,
-    pruned: Checkpoint,
+    pruned: Checkpoint | Form,
     fit: Tokens,
     choice: Tokens,
     work: Path,
@@ -66,12 +63,13 @@ def heal(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> list[HealedLayer]:
-    """Writes ``pruned`` with its experts' down projections refitted to ``original`` to the folder ``out``, atomically.
+    """Writes ``pruned`` with its experts' down projections refitted to ``original`` to ``out``, atomically.
 
-    ``fit``: tokens that are fitted; ``choice``: others, which choose. ``work`` holds what is resumed from, and is
-    removed at the end. CannotBeDone for a quantized pruned checkpoint, a family whose layers do not simply add what
-    their experts give, and where the room lacks."""
-    pruned.refuse_quantized("healing")
+    ``pruned``: a checkpoint in 16 or 32 bit, or what else can be healed. ``fit``: tokens that are fitted; ``choice``:
+    others, which choose. ``work`` holds what is resumed from, and is removed at the end. CannotBeDone for a quantized
+    checkpoint, a family whose layers do not simply add what their experts give, and where the room lacks."""
+    form = PlainForm(pruned) if isinstance(pruned, Checkpoint) else pruned
+    pruned = form.checkpoint
     spec = pruned.spec
     if (spec.hidden_size, spec.num_layers) != (original.spec.hidden_size, original.spec.num_layers):
         raise ReapcError(
@@ -80,41 +78,21 @@ def heal(
             hint="heal a pruned checkpoint with the model that it was pruned from",
         )
     refuse_existing(out)
-    claim_folder(work, json.dumps([original.digest, pruned.digest, fit.digest, choice.digest, str(dtype)]), _OWN_FILE)
-    # all healed projections are among the pruned bytes; of one layer, changes and bases are kept in float32
+    claim_folder(work, json.dumps([original.digest, form.digest, fit.digest, choice.digest, str(dtype)]), _OWN_FILE)
+    # all healed projections are among the pruned bytes; of one layer, changes and bases are kept in float32, and what
+    # is written of coarse ones
     hidden, width = spec.hidden_size, spec.expert_intermediate_size
     room = sum(disk_bytes(tokens, hidden, spec.top_k, width) for tokens in (fit, choice))
-    room += 4 * spec.num_experts * width * (hidden + 2 * width + 1) + pruned.bytes
+    room += 4 * spec.num_experts * width * (hidden + 2 * width + 1) + form.bytes
     require_room(work, room, "the states, activations and changes of healing")
-    require_room(out.parent, pruned.bytes, "the healed checkpoint")
+    require_room(out.parent, form.bytes, "the healed checkpoint")
     models = StreamedModel(original, dtype, device), StreamedModel(pruned, dtype, device)
-    reports = Healing(*models, fit, choice, work, progress).run()
+    reports = Healing(*models, fit, choice, work, progress, form).run()
     original.check_unchanged()
-    write_with(pruned, sorted(work.glob("layer-*.safetensors")), out)
-    pruned.check_unchanged()
+    form.write(sorted(work.glob("layer-*.safetensors")), out)
+    form.check_unchanged()
     remove(work)
     return reports
-
-
-def write_with(pruned: Checkpoint, healed: list[Path], out: Path) -> None:
-    """Writes the folder ``out``: ``pruned`` with the tensors of the files ``healed`` in the place of its own."""
-    replaced: dict[str, tuple[Path, list[tuple[int, int]]]] = {}
-    for path in healed:
-        for entry in sorted(read_header(path)[0].values(), key=lambda e: e.start):
-            replaced.setdefault(stored_name(entry.name), (path, []))[1].append((entry.start, entry.end))
-    with atomic_path(out) as partial:
-        partial.mkdir(parents=True)
-        copy_side_files(pruned, partial)
-        shutil.copyfile(pruned.folder / "config.json", partial / "config.json")
-        shards: dict[str, list[OutTensor]] = {shard.name: [] for shard in pruned.shards}
-        for entry in pruned.in_order():
-            own = pruned.shard_of[entry.name]
-            source, ranges = replaced.get(entry.name, (own, [(entry.start, entry.end)]))
-            shards[own.name].append(OutTensor(entry.name, entry.dtype, entry.shape, source, tuple(ranges)))
-        for name, tensors in shards.items():
-            write_copied(partial / name, tensors, pruned.metadata[name])
-        if (pruned.folder / INDEX).is_file():
-            write_index(partial, shards)
 
 
 class Healing:
@@ -128,8 +106,9 @@ class Healing:
         choice: Tokens,
         work: Path,
         progress: Progress,
+        form: Form,
     ) -> None:
-        self.original, self.pruned = original, pruned
+        self.original, self.pruned, self.form = original, pruned, form
         self.work, self.progress = work, progress
         self.fit = Side("fit", fit, original, pruned, work)
         self.choice = Side("choice", choice, original, pruned, work)
@@ -163,9 +142,9 @@ class Healing:
     def _embed(self) -> None:
         for side in self.sides:
             for batch in side.batches():
-                states = self.original.embed(ids_of(side.tokens, batch))
-                side.original.write(0, batch, states)
-                side.pruned.write(0, batch, states)
+                ids = ids_of(side.tokens, batch)
+                side.original.write(0, batch, self.original.embed(ids))
+                side.pruned.write(0, batch, self.pruned.embed(ids))  # its embeddings may be quantized
 
     def _layer(self, index: int) -> HealedLayer | None:
         """Both models' layer ``index``; healed where it has experts."""
@@ -218,10 +197,12 @@ class Healing:
     def _heal(self, index: int, experts: StreamedExperts, places: ExpertPlaces) -> HealedLayer:
         """Refits the experts of the layer, and stores what it gives then for the next one."""
         spec = self.pruned.spec
-        down = Down(self.pruned.checkpoint, f"{spec.layers[index].prefix}.", places.parts["down"])
+        down = self.form.down(index, self.work)
         shape = (spec.num_experts, spec.hidden_size, places.width)
         changes = np.memmap(self.work / "changes.bin", np.float32, "w+", shape=shape)
         bases = self._bases(experts, places.width)
+        for expert in bases if down.coarse else ():
+            changes[expert] = down.made(expert).numpy()
         before = [side.error() for side in self.sides]
         lacks = before[1]
         for _ in range(SWEEPS):
@@ -231,7 +212,7 @@ class Healing:
             if lacks > (1 - LEAST_GAIN) * last:
                 break
         after = [side.error() for side in self.sides]
-        changed = sum(bool(change.any()) for change in changes)
+        changed = down.changed(changes)
         kept = bool(changed) and after[1] < before[1]
         healed = self.work / f"layer-{index}.safetensors"
         remove(healed)  # what a run that was killed here may have left
@@ -275,14 +256,20 @@ class Healing:
 
     def _visit(self, expert: int, basis: Basis, change: np.ndarray, down: Down) -> None:
         """One expert's turn: ``change`` (hidden, width) becomes what is best given all others, rounded as it is
-        stored."""
+        stored. Coarse rounding is taken only where the tokens that choose lack less with it."""
         old = torch.from_numpy(np.array(change))
-        right, other = (_right(side, expert) for side in self.sides)
-        found = solve(basis, right, other, old)
+        # rounding errors lie outside of what few tokens span, which is all that a basis knows of
+        apart = old if down.coarse else None
+        right, other = (_right(side, expert, apart) for side in self.sides)
+        found = solve(basis, right, other, None if down.coarse else old)
         stored = down.weight(expert)
-        new = down.rounded(stored + found.change) - stored
-        change[:] = new.numpy()
+        new, packed = down.rounded(expert, stored + found.change, basis)
+        new -= stored
         step = (new - old).T
+        if down.coarse and self.choice.cost(expert, step) >= 0:
+            return
+        down.keep(expert, packed)
+        change[:] = new.numpy()
         for side in self.sides:
             for places, gated in side.gated(expert):
                 side.lower(places, gated @ step)
@@ -297,7 +284,10 @@ def _gram(side: Side, expert: int) -> torch.Tensor | None:
     return total
 
 
-def _right(side: Side, expert: int) -> torch.Tensor:
-    """Z^T R (width, hidden) of an expert that tokens were sent to."""
-    parts = (gated.T @ side.lacking_at(places) for places, gated in side.gated(expert))
-    return sum(parts, start=torch.zeros(()))
+def _right(side: Side, expert: int, made: torch.Tensor | None = None) -> torch.Tensor:
+    """Z^T R (width, hidden) of an expert that tokens were sent to; ``made`` (hidden, width): without this change."""
+    total = torch.zeros(())
+    for places, gated in side.gated(expert):
+        lacking = side.lacking_at(places)
+        total = total + gated.T @ (lacking if made is None else lacking + gated @ made.T)
+    return total

@@ -89,6 +89,14 @@ class Side:
         """Takes ``by`` (tokens, hidden) off ``lacking`` at some tokens, each named once."""
         torch.from_numpy(self.lacking).index_add_(0, torch.from_numpy(places), by, alpha=-1)
 
+    def cost(self, expert: int, step: torch.Tensor) -> float:
+        """By how much |lacking|^2 grows where an expert's down projection changes by ``step`` (width, hidden)."""
+        total = 0.0
+        for places, gated in self.gated(expert):
+            by = gated @ step
+            total += float((by * (by - 2 * self.lacking_at(places))).sum(dtype=torch.float64))
+        return total
+
     def keep(self, layer: int) -> None:
         """The pruned model's states behind ``layer`` become what they are with nothing lacking but ``lacking``."""
         for batch in self.batches():

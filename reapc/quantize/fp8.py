@@ -41,14 +41,14 @@ def cast_blocks(weight: torch.Tensor, block: int = FP8_BLOCK) -> tuple[torch.Ten
     tiles = padded.reshape(padded.shape[0] // block, block, padded.shape[1] // block, block)
     scales = _scales(tiles.abs().amax(dim=(1, 3)))
     scaled = (tiles / scales[:, None, :, None]).reshape(padded.shape)[:rows, :columns]
-    return _to_e4m3(scaled), scales
+    return to_e4m3(scaled), scales
 
 
 def cast_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows, columns) as e4m3 and one float32 scale per row, (rows, 1)."""
     values = weight.float()
     scales = _scales(values.abs().amax(dim=1, keepdim=True))
-    return _to_e4m3(values / scales), scales
+    return to_e4m3(values / scales), scales
 
 
 def _scales(largest: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ def _scales(largest: torch.Tensor) -> torch.Tensor:
     return torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
 
 
-def _to_e4m3(values: torch.Tensor) -> torch.Tensor:
+def to_e4m3(values: torch.Tensor) -> torch.Tensor:
     import torch
 
     # torch's cast of a value above 448 is NaN, and division may round up to just above it

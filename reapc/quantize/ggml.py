@@ -11,6 +11,7 @@ The last returns the bytes that it wrote. Decoding is gguf-py's.
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,11 +42,14 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def quantized(rows: NDArray[np.float32], kind: str, weights: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
+def quantized(
+    rows: NDArray[np.float32], kind: str, weights: NDArray[np.float32] | None = None, threads: int = 1
+) -> NDArray[np.uint8]:
     """The blocks of ``rows`` (rows, columns) in the ggml type ``kind``, (rows, bytes of a row).
 
-    ``weights`` (columns,): the importance of each column, as llama-quantize passes an importance matrix. ReapcError
-    where the type needs them, or its blocks do not divide the rows."""
+    ``weights`` (columns,): the importance of each column, as llama-quantize passes an importance matrix. ``threads``
+    share the rows, which are rounded each alone. ReapcError where the type needs weights, or its blocks do not divide
+    the rows."""
     number = gguf.GGMLQuantizationType[kind]
     block, block_bytes = gguf.GGML_QUANT_SIZES[number]
     source = np.ascontiguousarray(rows, np.float32)
@@ -59,10 +63,17 @@ def quantized(rows: NDArray[np.float32], kind: str, weights: NDArray[np.float32]
         raise ReapcError(f"{importance.shape} weights for rows of {source.shape[1]} elements")
     out = np.empty((source.shape[0], source.shape[1] // block * block_bytes), np.uint8)
     library.ggml_quantize_init(number)
-    written = library.ggml_quantize_chunk(
-        number, source.ctypes.data, out.ctypes.data, 0, source.shape[0], source.shape[1],
-        None if importance is None else importance.ctypes.data,
-    )  # fmt: skip
+
+    def chunk(start: int, end: int) -> int:
+        done: int = library.ggml_quantize_chunk(
+            number, source.ctypes.data, out.ctypes.data, start * source.shape[1], end - start, source.shape[1],
+            None if importance is None else importance.ctypes.data,
+        )  # fmt: skip
+        return done
+
+    ends = np.linspace(0, len(source), max(1, min(threads, len(source))) + 1).astype(int).tolist()
+    with ThreadPoolExecutor(len(ends) - 1) as pool:
+        written = sum(pool.map(chunk, ends, ends[1:]))
     if written != out.nbytes:
         raise CannotBeDone(
             f"ggml wrote {written} bytes of {kind}, {out.nbytes} expected: another version of llama.cpp?"

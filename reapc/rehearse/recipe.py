@@ -89,6 +89,7 @@ def _sections(recipe: Recipe, real: Plan, shrunk: Shrunk, model: Path, fmt: str)
             "method": quantize.writer,
             "format": fmt,
             "imatrix": quantize.imatrix,
+            "heal": quantize.heal and fmt.lower() not in ("bf16", "f16"),
             "iters": min(ITERS, quantize.iters) if quantize.iters != "auto" else ITERS,
             "pre_tokenizer": PRE_TOKENIZER,
         },

@@ -4,7 +4,7 @@ sentence that stands in its place."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,16 +91,13 @@ def decision_rows(data: BuildData) -> dict[str, str]:
             f"expert parallel {place.expert_parallel}"
         )
     ceiling = chosen.decode_tokens_per_second_ceiling
-    healing = data.manifest.get("healing")
-    healed = "no"
-    if isinstance(healing, dict) and healing:
-        healed = "yes" if healing.get("healed") else "tried, and not kept: it made the result worse"
     return {
         "Model": f"{plan.model} ({plan.family}, {plan.num_experts} experts per layer, {plan.top_k} per token)",
         "Target": plan.target,
         "Experts kept": f"{chosen.experts_kept} of {plan.num_experts} per layer ({chosen.prune_ratio:.1%} pruned)",
         "Criterion": plan.criterion,
-        "Healed": healed,
+        "Healed": _healed(data.manifest.get("healing")),
+        "Healed after quantization": _healed(data.manifest.get("healing_quantized")),
         "Format": f"{chosen.format}, {chosen.bits_per_expert_weight:.2f} bits per expert weight",
         "Engine": chosen.engine,
         "Layout": layout,
@@ -218,14 +215,31 @@ def experts(data: BuildData) -> dict[str, Any]:
     }
 
 
+def _healed(healing: Any) -> str:
+    if not isinstance(healing, dict) or not healing:
+        return "no"
+    return "yes" if healing.get("healed") else "tried, and not kept: it made the result worse"
+
+
 def healing(data: BuildData) -> dict[str, Any]:
-    """What refitting the kept experts gave back, by layer."""
-    found = data.manifest.get("healing")
-    if not found:
-        raise Missing("This build was not healed (prune.heal in the recipe).")
+    """What refitting the experts gave back, by layer: after pruning, and once more after quantization."""
+    steps = [
+        _healing_step(found, after, lacked)
+        for key, after, lacked in (
+            ("healing", "before quantization", "the pruned layer"),
+            ("healing_quantized", "after quantization", "the quantized layer"),
+        )
+        if (found := data.manifest.get(key))
+    ]
+    if not steps:
+        raise Missing("This build was not healed (prune.heal and quantize.heal in the recipe).")
+    return {"steps": steps}
+
+
+def _healing_step(found: Mapping[str, Any], when: str, lacked: str) -> dict[str, Any]:
     layers = found["layers"]
     plot = Plot.of(
-        f"Residual left after healing, of {len(layers)} layers, in percent of what the pruned layer lacked",
+        f"Residual left after healing, of {len(layers)} layers, in percent of what {lacked} lacked",
         (0, len(layers)), (0, 100), height=200,
         x_label="layer", y_label="% of the residual left", x_marks=[],
     )  # fmt: skip
@@ -258,16 +272,17 @@ def healing(data: BuildData) -> dict[str, Any]:
     )
     before, after = found["before"], found["after"]
     return {
+        "when": when,
         "healed": bool(found["healed"]),
         "some_left": not all(layer["kept"] for layer in layers),
         "plot": plot.render(),
         "layers": Table("Residual by layer", head, rows, ()),
         "outcome": Table(
-            f"The pruned model, before quantization, on {after['tokens']:,} tokens that nothing was fitted to",
+            f"The model {when}, on {after['tokens']:,} tokens that nothing was fitted to",
             ("", "KL", "top-1"),
             [
                 [name, tables.kl(f["kl"]), tables.percent(f["top1"])]
-                for name, f in (("pruned", before), ("healed", after))
+                for name, f in (("unhealed", before), ("healed", after))
             ],
         ),
     }

@@ -35,7 +35,7 @@ class Readahead:
 
     def ask(self, shares: Iterable[Share]) -> None:
         """Has the kernel begin to read them; returns at once."""
-        if not hasattr(os, "posix_fadvise"):
+        if not hasattr(os, "posix_fadvise") or not self._checkpoint.in_files:
             return
         by_file: dict[Path, list[tuple[int, int]]] = {}
         for path, start, size in self.ranges(shares):

@@ -58,11 +58,11 @@ class Frontier:
 
 def series_of(mix: Mix, experts: int) -> str:
     """The way in which a mix of ours was made."""
+    healed = ", healed" if mix.healed else ""
     if mix.types:
-        return "joint, healed" if mix.healed else "joint"
-    if mix.kept == experts:
-        return ALL_EXPERTS
-    return f"{mix.criterion}{', healed' if mix.healed else ''}, quantized"
+        return f"joint{healed}{', quantized and healed' if mix.refit else ''}"
+    made = ALL_EXPERTS if mix.kept == experts else f"{mix.criterion}{healed}, quantized"
+    return f"{made} and healed" if mix.refit else made
 
 
 def frontier(

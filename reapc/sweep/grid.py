@@ -11,7 +11,7 @@ from reapc.arch import ModelSpec
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.formats import weights
 from reapc.formats.gguf_sizes import sizes as sizes_of
-from reapc.formats.gguf_types import ALIASES, DEFAULT_TYPES, NEEDS_IMATRIX
+from reapc.formats.gguf_types import ALIASES, DEFAULT_TYPES, NEEDS_IMATRIX, UNQUANTIZED
 from reapc.planner.question import kept_counts
 from reapc.units import format_bytes, parse_bytes
 
@@ -34,7 +34,8 @@ class Budget:
 @dataclass(frozen=True)
 class Mix:
     """A format, how many experts stay, who chose them (``criterion``, "" where all stay) and whether they are healed.
-    ``bytes``: of tensor data, as predicted. ``types``: GGUF type by tensor, where the allocator chose them."""
+    ``bytes``: of tensor data, as predicted. ``types``: GGUF type by tensor, where the allocator chose them. ``refit``:
+    healed after quantization."""
 
     format: str
     kept: int
@@ -42,13 +43,19 @@ class Mix:
     criterion: str = ""
     healed: bool = False
     types: tuple[tuple[str, str], ...] = ()
+    refit: bool = False
 
     @property
     def name(self) -> str:
         """For people and for file names."""
-        return "-".join(
-            part for part in (self.format, f"{self.kept}e", self.criterion, "healed" if self.healed else "") if part
-        )
+        ways = ("healed" if self.healed else "", "refit" if self.refit else "")
+        return "-".join(part for part in (self.format, f"{self.kept}e", self.criterion, *ways) if part)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it has fewer than 16 bits."""
+        parsed = weights.parse(self.format) if not self.is_gguf else None
+        return self.format not in UNQUANTIZED if parsed is None else parsed.quantized
 
     @property
     def is_gguf(self) -> bool:

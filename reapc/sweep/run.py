@@ -61,24 +61,32 @@ class Point:
 
 @dataclass(frozen=True)
 class Settings:
-    """``heal``: how what is pruned is measured: False unhealed, True healed. ``iters``: AutoRound's steps."""
+    """``heal``: how what is pruned is measured: False unhealed, True healed. ``iters``: AutoRound's steps. ``refit``:
+    the last of these ways, and what keeps every expert, healed after quantization too."""
 
     criteria: tuple[str, ...] = ("reap",)
     heal: tuple[bool, ...] = (False, True)
     iters: int | None = None
     dissolve_groups: bool = False
+    refit: bool = False
 
 
 def expanded(mixes: Iterable[Mix], experts: int, settings: Settings) -> list[Mix]:
-    """Every mix by every criterion, healed and not, each once; what keeps every expert stays as it is."""
+    """Every mix by every criterion, healed and not, each once; what keeps every expert has neither."""
     found: dict[Mix, None] = {}
+
+    def add(mix: Mix, last: bool) -> None:
+        found[mix] = None
+        if settings.refit and last and mix.quantized:
+            found[replace(mix, refit=True)] = None
+
     for mix in mixes:
         if mix.kept == experts:
-            found[mix] = None
+            add(mix, True)
             continue
         for criterion in settings.criteria:
             for healed in settings.heal:
-                found[replace(mix, criterion=criterion, healed=healed)] = None
+                add(replace(mix, criterion=criterion, healed=healed), healed is settings.heal[-1])
     return list(found)
 
 
@@ -148,7 +156,8 @@ class Sweep:
         if not mix.is_gguf:
             fmt = _parsed(mix)
             tools = quantizer.versions(quantizer.writer_for(fmt)) if fmt.quantized else {}
-        depends = {**self.common(), "mix": asdict(mix), "iters": self.settings.iters, "tools": tools}
+        described = {key: value for key, value in asdict(mix).items() if value or key != "refit"}  # as before there was
+        depends = {**self.common(), "mix": described, "iters": self.settings.iters, "tools": tools}
         path, known = self._stored(mix.name, depends)
         if known is not None:
             return known
@@ -197,7 +206,8 @@ class Sweep:
         passes.cache = StageCache(self.out / "stages" / _variant(mix), self.progress.log)
         if mix.healed:
             model, _ = passes.heal(model)
-        return self._quantized(mix, model)
+        result = self._quantized(mix, model)
+        return passes.heal_quantized(model, result, mix.format, types=dict(mix.types))[0] if mix.refit else result
 
     def _quantized(self, mix: Mix, model: Staged) -> Path:
         if mix.is_gguf:

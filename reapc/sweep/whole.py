@@ -56,7 +56,7 @@ def _swept(
     picking, reporting = halves(panel)
     if not len(picking) or not len(reporting):
         raise ReapcError("the panel has a single sequence; one half picks and the other reports", hint="give more")
-    if True in settings.heal:
+    if True in settings.heal or settings.refit:
         split(passes.calibration)  # refuses too few sequences before anything is computed
     experts = passes.checkpoint.spec.num_experts
     sweep = Sweep(passes, panel, out, passes.progress, settings, str(passes.checkpoint.folder))
@@ -100,11 +100,13 @@ def _facts(passes: Passes, panel: Tokens, settings: Settings, points: dict[str, 
         "model": {"folder": str(passes.checkpoint.folder), "digest": passes.checkpoint.digest},
         "calibration": {"source": passes.calibration.source, "tokens": passes.calibration.count},
         "panel": {"source": panel.source, "tokens": panel.count, "sequences": panel.sequences},
-        "settings": {"criteria": settings.criteria, "heal": settings.heal, "iters": settings.iters},
+        "settings": {"criteria": settings.criteria, "heal": settings.heal, "iters": settings.iters,
+                     "refit": settings.refit},
         "versions": {"reapc": __version__, "llama.cpp": llamacpp_version()},
         "points": {
             name: {"bytes": point.mix.bytes, "file_bytes": point.file_bytes, "format": point.mix.format,
                    "kept": point.mix.kept, "criterion": point.mix.criterion, "healed": point.mix.healed,
+                   "refit": point.mix.refit,
                    **dict(zip(("kl", "top1"), point.figures.mean(point.figures.tokens > 0), strict=True)),
                    "seconds": point.seconds}
             for name, point in points.items()
