@@ -7,7 +7,7 @@ from specs import demo_spec, qwen30b
 
 from reapc.arch import known
 from reapc.errors import ReapcError
-from reapc.formats import weights
+from reapc.formats import shards, weights
 from reapc.formats.weights import WeightFormat
 
 
@@ -106,7 +106,7 @@ def test_shards_add_up_to_the_whole_where_everything_divides() -> None:
             continue
         whole = weights.group_bytes(form, group, 128)
         for ep in (1, 4):
-            shard = weights.shard(form, group, 4, ep, 4)
+            shard = shards.shard(form, group, 4, ep, 4)
             held = 128 // ep if group.role == "expert" else 128
             rank = shard.fixed + shard.per_expert * held
             if group.parallel == "replicate":

@@ -16,7 +16,7 @@ from reapc.arch.spec import DTYPE_BYTES
 from reapc.engines.cache import spread
 from reapc.engines.split import fill
 from reapc.engines.vllm_rules import DATA, KV_TYPES, Layout, format_refusal, kinds_of, layout_refusal, layouts
-from reapc.formats import weights
+from reapc.formats import shards, weights
 from reapc.formats.weights import WeightFormat
 from reapc.plan import DeviceBytes, Placement
 from reapc.recipe import ServeSection
@@ -147,7 +147,7 @@ class Layouts:
         fixed = unit = replicated = 0
         for group in kind.tensors:
             heads = heads_of(kind, self.spec)
-            held = weights.shard(fmt, group, tp, ep, heads, layer)
+            held = shards.shard(fmt, group, tp, ep, heads, layer)
             fixed += held.fixed
             if group.role == "expert":
                 unit += held.per_expert
@@ -191,7 +191,7 @@ class Layouts:
             fmt, heads = weights.of_mtp(self.fmt), self.spec.num_kv_heads
             layers = [(layer.kind, layer.index if fmt.by_layer else None) for layer in self.drafts]
             self._drafting[key] = [self._kind_cost(fmt, kind, tp, ep, index) for kind, index in layers]
-            outer = sum(weights.shard(fmt, group, tp, ep, heads).fixed for group in self.spec.mtp_outer)
+            outer = sum(shards.shard(fmt, group, tp, ep, heads).fixed for group in self.spec.mtp_outer)
             self._drafting[key].append(_Cost(outer, 0, 0, 0, 0))
         costs, held = self._drafting[key], -(-kept // ep)
         return _Draft(
@@ -204,7 +204,7 @@ class Layouts:
         """Weights outside the layers: on the first stage, and on the last (both where there is one stage)."""
         first = last = 0
         for group in self.spec.outer:
-            size = weights.shard(self.fmt, group, layout.tp, layout.ep, self.spec.num_kv_heads).fixed
+            size = shards.shard(self.fmt, group, layout.tp, layout.ep, self.spec.num_kv_heads).fixed
             if group.role == "embedding":
                 first += size
                 if self.spec.tied_embeddings and layout.pp > 1:
@@ -319,7 +319,7 @@ def copied_keys(fmt: WeightFormat, kind: LayerKind, tp: int, ep: int, kv_heads: 
     key = next((group for name, group in names.items() if name.endswith("k_proj.weight")), None)
     if key is None or any(name.endswith("v_proj.weight") for name in names):
         return 0
-    return weights.shard(fmt, key, tp, ep, kv_heads, layer).fixed
+    return shards.shard(fmt, key, tp, ep, kv_heads, layer).fixed
 
 
 def _kv_b_parameters(kind: LayerKind) -> int:

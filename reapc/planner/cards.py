@@ -11,7 +11,7 @@ from reapc.arch.spec import LayerKind, TensorGroup
 from reapc.engines import vllm, vllm_rules
 from reapc.engines.vllm_rules import Layout
 from reapc.errors import CannotBeDone
-from reapc.formats import weights, writers
+from reapc.formats import shards, weights, writers
 from reapc.formats.weights import GROUPS, Method, WeightFormat
 from reapc.plan import Plan
 from reapc.planner import prior
@@ -101,7 +101,7 @@ class Cards:
         fixed = each = 0
         for group in unit.groups:
             heads = vllm.heads_of(self._kinds[group], self.question.spec)
-            held = weights.shard(fmt, group, tp, ep, heads, unit.layer)
+            held = shards.shard(fmt, group, tp, ep, heads, unit.layer)
             fixed, each = fixed + held.fixed, each + held.per_expert
         if unit.part == "attention":
             layer = self._kinds[unit.groups[0]]
