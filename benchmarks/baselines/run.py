@@ -292,7 +292,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.json:
             write_text(args.json, json.dumps({**about, "rows": rows}) + "\n")
         if args.plot:
-            draw(args.plot, args.folder.name, rows)
+            kind = Checkpoint(args.folder / "model").config.get("model_type", "")
+            draw(args.plot, f"{args.folder.name} ({kind})", rows)
     except ReapcError as error:
         print(f"run.py: {error}", file=sys.stderr)
         return error.exit_code
