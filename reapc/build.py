@@ -277,8 +277,9 @@ class Build:
 
     def _heal_quantized(self, pruned: Staged, result: Path, plan: Plan) -> Path:
         """The result refitted once more, where the recipe asks for it and anything was quantized."""
-        if not self.requirements.heals_quantized(plan.chosen):
-            if self.recipe.quantize.heal:
+        heal = self.recipe.quantize.heal
+        if not heal or not (self.allocation or self.requirements.heals_quantized(plan.chosen)):  # a mix has no format
+            if heal:
                 self.progress.log(f"quantize.heal: {plan.chosen.format} is not quantized here, so nothing to heal")
             return result
         imatrix, types = self.recipe.quantize.imatrix, self.allocation.get("types")

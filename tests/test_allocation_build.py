@@ -53,12 +53,17 @@ def test_a_build_allocates(project: Path, cache: str, capsys, tmp_path: Path) ->
     assert found["measured_choice"]
     assert plan["chosen"]["format"] == manifest["format"]
     assert f"llama.cpp: {manifest['format']}" in (tmp_path / "out" / "serve.sh").read_text()
-    # again, served on another port: the allocation is reused
+    # again, served on another port and healed after quantization: the allocation is reused
     code, _, err = run_main(
-        capsys, "build", project / "tiny.toml", "--set", "serve.port=8099", "--out", tmp_path / "second", "--json"
-    )
+        capsys, "build", project / "tiny.toml", "--set", "serve.port=8099", "--set", "quantize.heal=true",
+        "--out", tmp_path / "second", "--json",
+    )  # fmt: skip
     assert code == 0, err
-    assert "allocate" in json.loads((tmp_path / "second" / "manifest.json").read_text())["reused"]
+    healed = json.loads((tmp_path / "second" / "manifest.json").read_text())
+    assert "allocate" in healed["reused"]
+    assert healed["healing_quantized"]["layers"]
+    assert healed["allocation"]["types"] == found["types"]
+    check_types(tmp_path / "second" / "model.gguf", found["types"])
 
 
 def test_what_contradicts_it_is_refused(project: Path, capsys, tmp_path: Path) -> None:

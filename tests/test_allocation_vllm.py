@@ -367,7 +367,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("settings", "method"),
     [
-        (("quantize.method=fp8", "target.vram='1765600kB'"), "fp8"),
+        (("quantize.method=fp8", "target.vram='1765600kB'", "quantize.heal=true"), "fp8"),
         (("quantize.method=auto_round", "quantize.iters=0"), "ct"),
         pytest.param(("quantize.method=gptq",), "gptq", marks=pytest.mark.slow),
     ],
@@ -397,6 +397,7 @@ def test_a_build_allocates(
     assert manifest["format"] == plan["format"]
     assert plan["predicted_loss"] == found["expected_kl"]
     assert "Bits by tensor" in (out / "report.html").read_text()
+    assert bool(manifest["healing_quantized"]) == ("quantize.heal=true" in settings)
 
 
 def test_what_contradicts_it_is_refused(project: Path, tmp_path: Path) -> None:
