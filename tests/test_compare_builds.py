@@ -53,6 +53,7 @@ def test_two_builds(builds: dict[str, Path], capsys) -> None:
         assert (row["a"], row["b"], row["common"]) == (9, 8, len(kept[0] & kept[1]))
         assert row["chance"] == 9 * 8 / 12
     assert found["a"]["healing"] is None
+    assert found["a"]["healing_quantized"] is None
     assert found["b"]["healing"]["before"]["kl"] == manifests[1]["healing"]["before"]["kl"]
     assert found["stage_seconds"]["observe"] == [manifests[0]["stage_seconds"]["observe"], "reused"]
     assert found["stage_seconds"]["heal"][0] is None
@@ -86,6 +87,19 @@ def test_the_page(builds: dict[str, Path], capsys, tmp_path: Path) -> None:
     assert EVIL in page.by_section["loss"]
     assert "paired by sequence" in page.by_section["loss"]
     comparison_page(BuildData.read(a), BuildData.read(b), strict=True)
+
+
+def test_healing_after_quantization_is_compared(builds: dict[str, Path], capsys, tmp_path: Path) -> None:
+    other = json.loads((builds["healed"] / "manifest.json").read_text())["healing"]
+    b = edited(builds["plain"], tmp_path / "b", healing_quantized=other)
+    found = compare(capsys, builds["healed"], b, "--html", tmp_path / "c.html")
+    assert (found["a"]["healing_quantized"], found["b"]["healing"]) == (None, None)
+    assert found["b"]["healing_quantized"]["after"]["kl"] == other["after"]["kl"]
+    text = check_safe((tmp_path / "c.html").read_text()).by_section["healing"]
+    rows = [f"{name}, {when} quantization" for when in ("before", "after") for name in "AB"]
+    assert all(row in text for row in rows)
+    _, text, _ = run_main(capsys, "compare", builds["healed"], b)
+    assert "healed after quantization" in " ".join(text.split())
 
 
 def test_other_held_out_text_is_not_compared(builds: dict[str, Path], capsys, tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def _show(found: dict[str, Any]) -> None:
             f"{p.get('context')} x {p.get('concurrency')}, KV {p.get('kv_dtype')}" if p else None for p in plans
         ]),
         ("healed", [_healed(side["healing"]) for side in sides]),
+        ("healed after quantization", [_healed(side["healing_quantized"]) for side in sides]),
         *((name, [words.size(fit.get(name)) for fit in fits]) for name in dict.fromkeys([*fits[0], *fits[1]])),
     ]  # fmt: skip
     devices = [{d["name"]: d for d in plan.get("per_device", [])} for plan in plans]
@@ -163,5 +164,5 @@ def _show_kept(console: Any, kept: dict[str, Any]) -> None:
 def _healed(healing: dict[str, Any] | None) -> str:
     if healing is None:
         return "no"
-    change = f"KL {healing['before']['kl']:.4f} -> {healing['after']['kl']:.4f} before quantization"
+    change = f"KL {healing['before']['kl']:.4f} -> {healing['after']['kl']:.4f}"
     return f"yes, {change}" if healing["healed"] else f"tried and not kept, {change}"

@@ -40,7 +40,6 @@ def _seconds(build: BuildData, stage: str) -> float | str | None:
 
 def _build(data: BuildData) -> dict[str, Any]:
     manifest = data.manifest
-    healing = manifest.get("healing") or None
     try:
         chosen: dict[str, Any] | None = {
             "model": data.plan.model, "target": data.plan.target, "num_experts": data.plan.num_experts,
@@ -60,9 +59,13 @@ def _build(data: BuildData) -> dict[str, Any]:
         "engine": manifest.get("engine"),
         "plan": chosen,
         "fit": [{key: row[key] for key in _FIT} for row in manifest.get("fit") or []],
-        "healing": healing and {key: healing.get(key) for key in ("healed", "before", "after")},
+        **{name: _healed(manifest.get(name)) for name in ("healing", "healing_quantized")},
         "seconds": manifest.get("seconds"),
     }
+
+
+def _healed(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    return {key: found.get(key) for key in ("healed", "before", "after")} if found else None
 
 
 def original(data: BuildData) -> str | None:

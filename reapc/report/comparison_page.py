@@ -173,11 +173,16 @@ def _experts(found: Found) -> Found:
 
 
 def _healing(a: BuildData, b: BuildData) -> Found:
-    sides = [build.manifest.get("healing") or None for build in (a, b)]
-    if not any(sides):
+    steps = (("healing", "before quantization"), ("healing_quantized", "after quantization"))
+    sides = [
+        (f"{name}, {when}", build.manifest.get(key) or None)
+        for key, when in steps
+        for name, build in (("A", a), ("B", b))
+    ]
+    if not any(side for _, side in sides):
         raise Missing("Neither build was healed.")
     cells = []
-    for name, side in zip("AB", sides, strict=True):
+    for name, side in sides:
         if side is None:
             cells.append([name, "no", *[tables.NONE] * 5])
             continue
@@ -191,7 +196,7 @@ def _healing(a: BuildData, b: BuildData) -> Found:
             ]
         )  # fmt: skip
     head = ("", "healed", "KL before", "after", "top-1 before", "after", "residual removed, mean over layers")
-    return {"made": Table("Before quantization, on each build's own text for it", head, cells, (0, 1))}
+    return {"made": Table("On each build's own text for it", head, cells, (0, 1))}
 
 
 def _provenance(found: Found) -> Found:
