@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_project, make_tokens, run_main
 from gguf import GGUFReader
 
@@ -229,12 +230,20 @@ def test_models_of_others_are_on_the_same_panel(project: Path, capsys, tmp_path:
 
 def test_pruning_alone_at_ratios_in_folders_and_in_fp8(project: Path, capsys, tmp_path: Path) -> None:
     """No GGUF: the streamed pass measures folders, unquantized and quantized."""
+    from transformers import Qwen3MoeForCausalLM
+
+    theirs = tmp_path / "theirs"
+    Qwen3MoeForCausalLM.from_pretrained(project / "model", dtype=torch.bfloat16).save_pretrained(theirs)
     code, _, err = _sweep(
         capsys, project, tmp_path / "o", "--ratios", "0,0.25", "--formats", "bf16,fp8", "--heal", "no", "--criteria",
-        "reap", "--json",
+        "reap", "--also", f"them={theirs}", "--json",
     )  # fmt: skip
     assert code == 0, err
-    points = json.loads((tmp_path / "o" / "sweep.json").read_text())["points"]
+    found = json.loads((tmp_path / "o" / "sweep.json").read_text())
+    points = found["points"]
+    # tensors are counted, not headers: the model in the budget's own bf16 is within it
+    assert "them" in {row["series"] for row in found["rows"]["bf16 with 12"]}
+    del points["them"]
     assert set(points) == {"bf16-12e", "fp8-12e", "bf16-9e-reap", "fp8-9e-reap"}
     assert points["bf16-12e"]["kl"] == pytest.approx(0, abs=1e-6)
     assert 0 < points["fp8-12e"]["kl"] < points["bf16-9e-reap"]["kl"]

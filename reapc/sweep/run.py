@@ -26,7 +26,7 @@ from reapc.stream.tokens import Tokens
 from reapc.sweep.grid import Budget, Mix
 from reapc.sweep.panel import Sequences, by_sequence
 from reapc.verify.fidelity import log_probs, vocabulary_of
-from reapc.verify.fit import result_bytes
+from reapc.verify.fit import result_bytes, tensor_bytes
 
 OBSERVED = "observe"  # the stages that every configuration needs, and the next sweep
 
@@ -168,7 +168,7 @@ class Sweep:
         """A model that somebody else made, on the same panel."""
         if vocabulary_of(path) != self.passes.checkpoint.spec.vocab_size:
             raise ReapcError(f"--also {name}={path}: has another vocabulary than the model of this sweep")
-        size = result_bytes(path)
+        size = tensor_bytes(path)
         kept = Checkpoint(path).spec.num_experts if path.is_dir() else 0
         stat = path.stat()
         depends = {**self.common(), "path": str(path.resolve()), "bytes": size, "time": stat.st_mtime_ns}
