@@ -1,4 +1,4 @@
-"""One contender of ``llm_compressor.py`` in a process of its own: ``python contenders.py JOB.json``.
+"""One contender of ``llm_compressor.py`` or ``baselines/`` in a process of its own: ``python contenders.py JOB.json``.
 
 Runs in reapc's environment or in llm-compressor's, so nothing of either is imported before it is known which.
 Imports stand before the baseline of memory; loading counts for memory, and for time where it is part of the pass.
@@ -86,6 +86,15 @@ def reapc(job: Job, found: Found) -> Callable[[], None]:
     return work
 
 
+def a_processor() -> Any:
+    """llm-compressor wants one, and asks it nothing: the tokens are given."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, "?")), unk_token="?")
+
+
 def llmcompressor(job: Job, found: Found) -> Callable[[], None]:
     """``oneshot`` with REAPPruningModifier as its example (examples/reap_expert_pruning/reap_qwen3_30b.py) calls it:
     routed tokens only. The experts are taken apart before and not within the pass, which would do it otherwise (its
@@ -98,12 +107,8 @@ def llmcompressor(job: Job, found: Found) -> Callable[[], None]:
     from llmcompressor.modeling.moe.linearize import linearize_moe
     from llmcompressor.modifiers.pruning import REAPPruningModifier
     from llmcompressor.modifiers.pruning.reap import utils
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM
 
-    # It wants a processor, and asks it nothing: the tokens are given.
-    processor = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, "?")), unk_token="?")
     ids = read_ids(job)
     # Scores are thrown away once a layer is decided: they are noted on the way, layer after layer.
     reap: list[list[float]] = []
@@ -129,7 +134,7 @@ def llmcompressor(job: Job, found: Found) -> Callable[[], None]:
 
         def run() -> None:
             oneshot(
-                model=model, processor=processor, dataset=dataset, max_seq_length=ids.shape[1],
+                model=model, processor=a_processor(), dataset=dataset, max_seq_length=ids.shape[1],
                 num_calibration_samples=len(ids), batch_size=job["batch"], shuffle_calibration_samples=False,
                 moe_calibrate_all_experts=False, propagate_error=job["propagate"],
                 recipe=REAPPruningModifier(sparsity=job["sparsity"]),
@@ -137,6 +142,37 @@ def llmcompressor(job: Job, found: Found) -> Callable[[], None]:
 
         clocked(found, "seconds", run)
         found.update(reap=reap, kept=kept)
+
+    return work
+
+
+def llmcompressor_gptq(job: Job, found: Found) -> Callable[[], None]:
+    """``oneshot`` with GPTQModifier, W4A16 in groups of 128, as its examples of MoE models do it (every expert sees
+    every token; router and head stay); the checkpoint is saved to the job's ``out``."""
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modeling.moe.linearize import linearize_moe
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from transformers import AutoModelForCausalLM
+
+    ids = read_ids(job)
+
+    def work() -> None:
+        model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32)
+        linearize_moe(model)
+        dataset = Dataset.from_dict({"input_ids": ids.tolist()})
+
+        def run() -> None:
+            oneshot(
+                model=model, processor=a_processor(), dataset=dataset, max_seq_length=ids.shape[1],
+                num_calibration_samples=len(ids), batch_size=job["batch"], shuffle_calibration_samples=False,
+                moe_calibrate_all_experts=True,
+                recipe=GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head", "re:.*mlp.gate$"]),
+            )  # fmt: skip
+
+        clocked(found, "seconds", run)
+        model.to(torch.bfloat16).save_pretrained(job["out"], save_compressed=True)
 
     return work
 
@@ -149,7 +185,8 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     found: Found = {"torch": torch.__version__, "transformers": transformers.__version__}
     Path(job["work"]).mkdir(parents=True, exist_ok=True)
-    work = {"plain": plain, "reapc": reapc, "llmcompressor": llmcompressor}[job["contender"]](job, found)
+    contenders = (plain, reapc, llmcompressor, llmcompressor_gptq)
+    work = {contender.__name__: contender for contender in contenders}[job["contender"]](job, found)
     found["anonymous_bytes"] = peak_of(work)
     found["high_water_bytes"] = status_bytes("VmHWM")
     Path(job["result"]).write_text(json.dumps(found))

@@ -133,6 +133,22 @@ def cache(tools: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return tools
 
 
+@pytest.fixture
+def stage_folders(monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Where each stage of a build lies that is run from now on, by the stage's name."""
+    from reapc.stages import StageCache
+
+    found: dict[str, Path] = {}
+    run = StageCache.run
+
+    def watched(cache: StageCache, name: str, depends_on, work):
+        found[name], key = run(cache, name, depends_on, work)
+        return found[name], key
+
+    monkeypatch.setattr(StageCache, "run", watched)
+    return found
+
+
 @pytest.fixture(scope="session")
 def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two real builds with markup in every name, for the tests of reports: ``plain`` and ``healed``."""

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 sys.path.insert(0, str(ROOT / "benchmarks" / "baselines"))
 
 import llmcompressor_env
+import llmcompressor_quantize
 import llmcompressor_reap
 from behaviour import Written, cross_loss, diversity, drift, jensen_shannon, written_by
 from manifold import activations, off, plane_of, spread
@@ -484,3 +485,23 @@ def test_llm_compressors_own_choice(family: str, tmp_path: Path, capsys: pytest.
     assert llmcompressor_reap.main(given) == 1
     assert "llm-compressor 0.13.0 failed" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_llm_compressors_own_quantization(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Read back as W4A16: linears near the original's, everything that it leaves alone as it was."""
+    if llmcompressor_env.find(llmcompressor_reap.RELEASE) is None:
+        pytest.skip("no environment of llm-compressor: python tools/llmcompressor_env.py")
+    wide = {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 32, "dtype": torch.bfloat16}
+    folder = make_folder(tmp_path / "tiny", "qwen3", **wide)
+    given = [str(folder / "model"), str(folder / "calibration.safetensors"), str(tmp_path / "out")]
+    assert llmcompressor_quantize.main(given) == 0
+    original, found = Checkpoint(folder / "model"), Checkpoint(tmp_path / "out")
+    name = "model.layers.0.mlp.experts.3.down_proj.weight"
+    assert found.packed[name].packing.bits == 4
+    own, other = original.tensor(name).float(), found.tensor(name).float()
+    assert 0 < float((own - other).norm() / own.norm()) < 0.3
+    router = "model.layers.0.mlp.gate.weight"
+    assert torch.equal(original.tensor(router), found.tensor(router))
+    assert llmcompressor_quantize.main(given) == 2
+    assert "exists" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from reapc.prune.criteria import choose, expert_values
 from reapc.prune.heal import Healing, heal
 from reapc.prune.refit import RIDGES, Refit, basis_of, solve
 from reapc.prune.rewrite import prune
+from reapc.quantize.folder_form import FolderForm
 from reapc.stream import StreamedModel
 from reapc.stream.tokens import Tokens, write_tokens
 from reapc.verify.fidelity import compare
@@ -94,7 +95,8 @@ def kl(folder: Path, other: Path) -> float:
 def test_a_pruned_model_comes_closer(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "m", num_experts_per_tok=4, mlp_only_layers=[1])
     pruned = pruned_by_half(folder, tmp_path)
-    reports = heal(Checkpoint(folder), Checkpoint(pruned), FIT, CHOICE, tmp_path / "w", tmp_path / "healed", Silent())
+    form = FolderForm(Checkpoint(pruned))
+    reports = heal(Checkpoint(folder), form, FIT, CHOICE, tmp_path / "w", tmp_path / "healed", Silent())
     assert [r.layer for r in reports] == [0, 2]
     assert all(r.kept and r.choice[1] < r.choice[0] for r in reports)
     assert kl(folder, tmp_path / "healed") < 0.9 * kl(folder, pruned)
@@ -125,7 +127,7 @@ def test_what_is_lacking_is_what_the_healed_checkpoint_still_lacks(name: str, tm
         make_family(name, tmp_path / "m")
     original = Checkpoint(tmp_path / "m")
     pruned = Checkpoint(pruned_by_half(tmp_path / "m", tmp_path))
-    reports = heal(original, pruned, FIT, CHOICE, tmp_path / "w", tmp_path / "healed", Silent())
+    reports = heal(original, FolderForm(pruned), FIT, CHOICE, tmp_path / "w", tmp_path / "healed", Silent())
     first = reports[0]
     assert first.kept
     assert first.choice[1] < 0.99 * first.choice[0]
@@ -138,7 +140,7 @@ def test_layers_that_do_more_than_add_are_refused_by_name(name: str, tmp_path: P
     make_family(name, tmp_path / "m")
     pruned = Checkpoint(pruned_by_half(tmp_path / "m", tmp_path))
     with pytest.raises(CannotBeDone, match=f"of {name} does not simply add what its experts give"):
-        heal(Checkpoint(tmp_path / "m"), pruned, FIT, CHOICE, tmp_path / "w", tmp_path / "healed", Silent())
+        heal(Checkpoint(tmp_path / "m"), FolderForm(pruned), FIT, CHOICE, tmp_path / "w", tmp_path / "healed", Silent())
     assert not (tmp_path / "healed").exists()
 
 
@@ -147,7 +149,7 @@ def test_an_interrupted_run_goes_on_at_its_layer_and_ends_in_the_same_bytes(tmp_
     original, pruned = Checkpoint(folder), Checkpoint(pruned_by_half(folder, tmp_path))
 
     def run(out: Path) -> None:
-        heal(original, pruned, FIT, CHOICE, tmp_path / "w", out, Silent())
+        heal(original, FolderForm(pruned), FIT, CHOICE, tmp_path / "w", out, Silent())
 
     run(tmp_path / "whole")
     real, seen = Healing._layer, []

@@ -15,7 +15,6 @@ from test_build import RECIPE as BUILD
 
 from reapc import healing
 from reapc.checkpoint.reader import Checkpoint
-from reapc.stages import StageCache
 from reapc.stream.tokens import write_tokens
 
 RECIPE = (
@@ -51,24 +50,16 @@ def test_a_build_heals_what_it_prunes(project: Path, cache: str, capsys, tmp_pat
 
 
 def test_a_build_that_healing_made_worse_ships_unhealed(
-    project: Path, cache: str, capsys, tmp_path: Path, monkeypatch
+    project: Path, cache: str, capsys, tmp_path: Path, monkeypatch, stage_folders: dict[str, Path]
 ) -> None:
     """Told that top-1 has to rise by more than it can, no result is good enough."""
     monkeypatch.setattr(healing, "TOP1_LOSS", -1.0)
-    folders = {}
-    run = StageCache.run
-
-    def watched(cache: StageCache, name: str, depends_on, work):
-        folders[name], key = run(cache, name, depends_on, work)
-        return folders[name], key
-
-    monkeypatch.setattr(StageCache, "run", watched)
     code, _, err = run_main(
         capsys, "build", project / "tiny.toml", "--set", "calibration.sequences=48", "--out", tmp_path / "out"
     )
     assert (code, "the result stays unhealed" in err) == (0, True)
     assert not json.loads((tmp_path / "out" / "manifest.json").read_text())["healing"]["healed"]
-    pruned, shipped = (Checkpoint(folders[name] / "model") for name in ("prune", "heal"))
+    pruned, shipped = (Checkpoint(stage_folders[name] / "model") for name in ("prune", "heal"))
     assert all(torch.equal(pruned.tensor(name), shipped.tensor(name)) for name in pruned.entries)
 
 

@@ -163,23 +163,15 @@ def test_a_build_heals_what_it_quantizes(project: Path, cache: str, capsys, tmp_
 
 
 def test_a_result_that_healing_made_worse_ships_as_it_was(
-    project: Path, cache: str, capsys, tmp_path: Path, monkeypatch
+    project: Path, cache: str, capsys, tmp_path: Path, monkeypatch, stage_folders: dict[str, Path]
 ) -> None:
     monkeypatch.setattr(healing, "TOP1_LOSS", -1.0)
-    folders = {}
-    run = StageCache.run
-
-    def watched(cache: StageCache, name: str, depends_on, work):
-        folders[name], key = run(cache, name, depends_on, work)
-        return folders[name], key
-
-    monkeypatch.setattr(StageCache, "run", watched)
     code, _, err = run_main(
         capsys, "build", project / "tiny.toml", "--set", "calibration.sequences=48", "--out", tmp_path / "out"
     )
     assert (code, "the result stays unhealed" in err) == (0, True), err
     assert not json.loads((tmp_path / "out" / "manifest.json").read_text())["healing_quantized"]["healed"]
-    quantized, shipped = (folders[name] / "model.gguf" for name in ("quantize", "heal-quantized"))
+    quantized, shipped = (stage_folders[name] / "model.gguf" for name in ("quantize", "heal-quantized"))
     assert quantized.read_bytes() == shipped.read_bytes()
 
 

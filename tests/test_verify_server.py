@@ -23,10 +23,10 @@ from serving_fixtures import VOCABULARY, free_port, run, serving, stand_in
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.observe.reference import TOP, SequenceReference, read_reference
 from reapc.serving.client import Client, Row, base_of
-from reapc.serving.fidelity import compare_row, spread
+from reapc.serving.fidelity import compare_row
 from reapc.serving.load import ends_in_loop, read_prompts, repeated_share
 from reapc.serving.process import Server
-from reapc.stream.tokens import read_tokens
+from reapc.stream.tokens import read_tokens, spread
 from reapc.verify.fidelity import log_probs
 
 pytest_plugins = ["serving_fixtures"]

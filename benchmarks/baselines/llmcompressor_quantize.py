@@ -1,66 +1,39 @@
-"""A checkpoint quantized by llm-compressor's GPTQ, W4A16 in groups of 128, as its examples of MoE models do it (every
-expert sees every token; router and head stay): ``llmcompressor_quantize.py MODEL TOKENS OUT [RELEASE]``.
-
-Run by reapc's Python it calls itself in llm-compressor's environment.
-"""
+"""A checkpoint quantized by llm-compressor's own GPTQ, W4A16 in groups of 128:
+``llmcompressor_quantize.py MODEL TOKENS OUT [--release R]``. For ``reapc sweep --also NAME=OUT``."""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-IGNORED = ("lm_head", "re:.*mlp.gate$")
-SEQUENCES_AT_ONCE = 8
+from llmcompressor_run import RELEASE, done_by
+
+from reapc.checkpoint.atomic import atomic_path, refuse_existing
+from reapc.checkpoint.reader import Checkpoint
+from reapc.checkpoint.side_files import copy_side_files
+from reapc.errors import ReapcError
 
 
-def quantize(model: Path, tokens: Path, out: Path, release: str = "0.13.0") -> None:
-    """Writes the quantized checkpoint to the folder ``out``, in an environment that is made where it lacks."""
-    made = subprocess.run(
-        [sys.executable, ROOT / "tools" / "llmcompressor_env.py", release],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "INSIDE_LLMCOMPRESSOR": "1"}
-    environment.pop("PYTHONPATH", None)
-    paths = [path.absolute() for path in (model, tokens, out)]
-    subprocess.run([made.stdout.strip(), Path(__file__), *paths], check=True, env=environment)
-
-
-def inside(folder: str, tokens: str, out: str) -> None:
-    """The same within llm-compressor's environment."""
-    import torch
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modeling.moe.linearize import linearize_moe
-    from llmcompressor.modifiers.gptq import GPTQModifier
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    ids = load_file(tokens)["input_ids"].long()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    linearize_moe(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    oneshot(
-        model=model, processor=tokenizer, dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
-        max_seq_length=ids.shape[1], num_calibration_samples=len(ids), batch_size=SEQUENCES_AT_ONCE,
-        shuffle_calibration_samples=False, moe_calibrate_all_experts=True,
-        recipe=GPTQModifier(targets="Linear", scheme="W4A16", ignore=list(IGNORED)),
-    )  # fmt: skip
-    model.to(torch.bfloat16).save_pretrained(out, save_compressed=True)
-    tokenizer.save_pretrained(out)
-
-
-def main() -> None:
-    if os.environ.get("INSIDE_LLMCOMPRESSOR"):
-        inside(*sys.argv[1:])
-    else:
-        model, tokens, out, *release = sys.argv[1:]
-        quantize(Path(model), Path(tokens), Path(out), *release)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("tokens", type=Path, help="safetensors with input_ids")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--release", default=RELEASE)
+    asked = parser.parse_args(arguments)
+    try:
+        refuse_existing(asked.out)
+        checkpoint = Checkpoint(asked.model)
+        with atomic_path(asked.out) as partial:
+            out = str(partial.absolute())
+            done_by("llmcompressor_gptq", asked.model, asked.tokens, asked.release, out=out, batch=8)
+            copy_side_files(checkpoint, partial)
+    except ReapcError as error:
+        print(f"llmcompressor_quantize.py: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,54 +9,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from llmcompressor_run import RELEASE, done_by
+
 from reapc.checkpoint.reader import Checkpoint
-from reapc.errors import CannotBeDone, ReapcError
+from reapc.errors import ReapcError
 from reapc.observe.observe import observe
 from reapc.progress import Silent
 from reapc.prune.criteria import choose, kept_count
 from reapc.prune.rewrite import Kept, prune
 from reapc.stream.tokens import read_tokens
 
-ROOT = Path(__file__).resolve().parents[2]
-RELEASE = "0.13.0"
-
 
 def kept_by(model: Path, tokens: Path, ratio: float, release: str = RELEASE) -> Kept:
     """Experts kept by layer, with its default of running a layer again after it was pruned. CannotBeDone with the end
     of what it said where it fails."""
-    made = subprocess.run(
-        [sys.executable, ROOT / "tools" / "llmcompressor_env.py", release],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if made.returncode:  # it has said why
-        raise CannotBeDone(f"there is no environment for llm-compressor {release}")
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        job = {
-            "contender": "llmcompressor", "release": release, "propagate": True, "sparsity": ratio,
-            "folder": str(model.absolute()), "tokens": str(tokens.absolute()), "batch": 16,
-            "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1), "work": str(work / "work"),
-            "result": str(work / "result.json"),
-        }  # fmt: skip
-        (work / "job.json").write_text(json.dumps(job))
-        # what leads to reapc's packages stays out of the other environment
-        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-        done = subprocess.run(
-            [made.stdout.strip(), ROOT / "benchmarks" / "contenders.py", work / "job.json"], cwd=work, text=True,
-            capture_output=True, env={**environment, "HF_HUB_OFFLINE": "1"}, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            said = "\n".join(f"    {line}" for line in (done.stdout + done.stderr).splitlines()[-25:])
-            raise CannotBeDone(f"llm-compressor {release} failed on {model} (exit {done.returncode}):\n{said}")
-        kept = json.loads((work / "result.json").read_text())["kept"]
+    kept = done_by("llmcompressor", model, tokens, release, propagate=True, sparsity=ratio, batch=16)["kept"]
     layers = Checkpoint(model).spec.moe_layers
     return {layer: sorted(experts) for layer, experts in zip(layers, kept, strict=True)}
 

@@ -156,9 +156,7 @@ def prober_of(
     threads: int,
 ) -> Prober:  # fmt: skip
     """What measures files made of ``base`` on at most ``sequences`` sequences of the file ``tokens``, drawn evenly."""
-    text = read_tokens(tokens, spec.vocab_size)
-    rows = np.unique(np.linspace(0, text.sequences - 1, min(sequences, text.sequences)).round().astype(np.int64))
-    taken = text.take(rows)
+    taken = read_tokens(tokens, spec.vocab_size).evenly(sequences)
     folder = work / f"probes-{taken.digest[:16]}-{find_llamacpp().version.split()[0]}"
     return Prober(base, taken, entries_of(scores, spec), folder, progress, threads)
 
@@ -204,9 +202,7 @@ def decide(
         name = f"mix-{choice.experts}-{abs(hash_of(types)):x}"
         kl = prober.kl(name, types, kept)
         pruning = damages.pruning[damages.counts.index(choice.experts)]
-        made = Measurement(
-            choice.experts, float(picked.sum()), pruning, kl, options, choice.kv, choice.cache
-        )  # fmt: skip
+        made = Measurement(choice.experts, float(picked.sum()), pruning, kl, options, choice.kv, choice.cache)
         found.append((made, choice))
         prober.progress.log(f"allocate: {choice.experts} experts: KL {made.predicted:.4f} predicted, {kl:.4f} measured")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from reapc.allocate.allocation import Damages, Measurement, decide
 from reapc.allocate.masks import Kept
 from reapc.allocate.sensitivity import Probe, measured_pruning, measured_sensitivity, probe_sets, probed_counts
@@ -105,13 +103,12 @@ def probed_parts(every: Sequence[CheckpointParts]) -> CheckpointParts:
 
 
 def prober_of_checkpoint(
-    checkpoint: Checkpoint, every: Sequence[CheckpointParts], text: Tokens, sequences: int, work: Path,
-    progress: Progress, *, dissolve: bool, scores: Scores,
+    checkpoint: Checkpoint, every: Sequence[CheckpointParts], text: Tokens, work: Path, progress: Progress, *,
+    dissolve: bool, scores: Scores,
 ) -> StreamedProber:  # fmt: skip
-    """What measures on at most ``sequences`` sequences of ``text``, drawn evenly."""
-    rows = np.unique(np.linspace(0, text.sequences - 1, min(sequences, text.sequences)).round().astype(np.int64))
+    """What measures on ``text``, rounding to the options of the method that is nearest to what probes round to."""
     return StreamedProber(
-        checkpoint, probed_parts(every), text.take(rows), work, progress, dissolve=dissolve,
+        checkpoint, probed_parts(every), text, work, progress, dissolve=dissolve,
         values=expert_values(scores, "reap"),
     )  # fmt: skip
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from reapc import __version__
 from reapc.allocate.allocation import decide, measured
 from reapc.allocate.checkpoints import decide_methods, measured_checkpoints, prober_of_checkpoint
@@ -99,8 +97,7 @@ def allocate_build(
     """The plan with the allocation's count, KV type and bytes, and the allocation as in its file."""
     question = from_recipe(recipe, checkpoint.spec, recipe.model.source, buildable=True)
     question = replace(question, counts=served_counts(plan.chosen.engine, checkpoint.spec, question.counts))
-    rows = np.unique(np.linspace(0, calibration.sequences - 1, min(SEQUENCES, calibration.sequences)).round())
-    text = calibration.take(rows.astype(np.int64))
+    text = calibration.evenly(SEQUENCES)
     kept = _kept(recipe, plan, checkpoint, scores, calibration, passes, question.counts)
     wanted = _Wanted(recipe, plan, checkpoint, scores, text, question, kept, passes)
     depends = {
@@ -171,7 +168,7 @@ def _for_vllm(wanted: _Wanted, depends: dict[str, Any]) -> tuple[Plan, dict[str,
 
     def work(folder: Path, scratch: Path) -> None:
         prober = prober_of_checkpoint(
-            wanted.checkpoint, every, wanted.text, SEQUENCES, scratch, passes.progress,
+            wanted.checkpoint, every, wanted.text, scratch, passes.progress,
             dissolve=recipe.prune.dissolve_groups, scores=wanted.scores,
         )  # fmt: skip
         damages = measured_checkpoints(

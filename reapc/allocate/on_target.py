@@ -94,9 +94,10 @@ class OnTarget:
             found = prior_checkpoints(spec, every, counts)
         else:
             if observed.tokens is not None:
+                text = read_tokens(observed.tokens, spec.vocab_size).evenly(observed.sequences)
                 prober = prober_of_checkpoint(
-                    observed.checkpoint, every, read_tokens(observed.tokens, spec.vocab_size), observed.sequences,
-                    observed.work, observed.progress, dissolve=self.dissolve, scores=observed.scores,
+                    observed.checkpoint, every, text, observed.work, observed.progress, dissolve=self.dissolve,
+                    scores=observed.scores,
                 )  # fmt: skip
             kept = by_criterion(observed.scores, criterion, groups_of(spec, self.dissolve))
             found = measured_checkpoints(

@@ -1,4 +1,4 @@
-"""What is healed, in the form that it is stored in: here a plain checkpoint."""
+"""What is healed, whatever form it is stored in: a folder (quantize/folder_form.py) or a GGUF file (gguf_form.py)."""
 
 from __future__ import annotations
 
@@ -38,31 +38,6 @@ class Form(Protocol):
 
     def check_unchanged(self) -> None:
         """CannotBeDone where a file is not the one that was opened any more."""
-
-
-class PlainForm:
-    """A checkpoint in 16 or 32 bit; CannotBeDone for another."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        checkpoint.refuse_quantized("healing")
-        self.checkpoint = checkpoint
-
-    @property
-    def digest(self) -> str:
-        return self.checkpoint.digest
-
-    @property
-    def bytes(self) -> int:
-        return self.checkpoint.bytes
-
-    def down(self, index: int, work: Path) -> Down:
-        return Down(self.checkpoint, *down_place(self.checkpoint, index))
-
-    def write(self, healed: Sequence[Path], out: Path) -> None:
-        write_with(self.checkpoint, healed, out)
-
-    def check_unchanged(self) -> None:
-        self.checkpoint.check_unchanged()
 
 
 def down_place(checkpoint: Checkpoint, index: int) -> tuple[str, Stored]:

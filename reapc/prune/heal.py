@@ -23,7 +23,7 @@ from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.progress import Progress
 from reapc.prune.down import Down
-from reapc.prune.forms import Form, PlainForm
+from reapc.prune.forms import Form
 from reapc.prune.heal_sides import RoutedTotal, Side, disk_bytes
 from reapc.prune.refit import Basis, basis_of, solve
 from reapc.stream.expert_weights import Expert, ExpertPlaces, expert_places
@@ -53,7 +53,7 @@ class HealedLayer:
 
 def heal(
     original: Checkpoint,
-    pruned: Checkpoint | Form,
+    form: Form,
     fit: Tokens,
     choice: Tokens,
     work: Path,
@@ -63,12 +63,12 @@ def heal(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> list[HealedLayer]:
-    """Writes ``pruned`` with its experts' down projections refitted to ``original`` to ``out``, atomically.
+    """Writes ``form``, the pruned or quantized model, with its experts' down projections refitted to ``original`` to
+    ``out``, atomically.
 
-    ``pruned``: a checkpoint in 16 or 32 bit, or what else can be healed. ``fit``: tokens that are fitted; ``choice``:
-    others, which choose. ``work`` holds what is resumed from, and is removed at the end. CannotBeDone for a quantized
-    checkpoint, a family whose layers do not simply add what their experts give, and where the room lacks."""
-    form = PlainForm(pruned) if isinstance(pruned, Checkpoint) else pruned
+    ``fit``: tokens that are fitted; ``choice``: others, which choose. ``work`` holds what is resumed from, and is
+    removed at the end. CannotBeDone for a family whose layers do not simply add what their experts give, and where the
+    room lacks."""
     pruned = form.checkpoint
     spec = pruned.spec
     if (spec.hidden_size, spec.num_layers) != (original.spec.hidden_size, original.spec.num_layers):

@@ -42,7 +42,7 @@ class Reference:
 def read_built_reference(built: Built, rows: int) -> Reference:
     """``rows`` sequences of the build's held-out text (all when fewer), evenly from all of it, with their reference."""
     from reapc.observe.reference import read_reference
-    from reapc.stream.tokens import read_tokens
+    from reapc.stream.tokens import read_tokens, spread
     from reapc.verify.fidelity import vocabulary_of
 
     held_out, stored = built.need(HELD_OUT), built.need(REFERENCE)
@@ -69,13 +69,6 @@ def _check_pair(tokens: Tokens, stored: Path, vocab: int) -> None:
         raise ReapcError(
             f"{stored}: is not the reference of {HELD_OUT} beside it", hint="they belong to two builds; build again"
         )
-
-
-def spread(total: int, wanted: int) -> np.ndarray:
-    """``wanted`` indices below ``total``, evenly apart; all of them when ``wanted`` is 0 or more than there are."""
-    if wanted <= 0 or wanted >= total:
-        return np.arange(total)
-    return np.asarray(np.unique(np.linspace(0, total - 1, wanted).round().astype(int)))
 
 
 @dataclass

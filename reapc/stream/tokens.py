@@ -15,6 +15,13 @@ import numpy as np
 from reapc.errors import ReapcError
 
 
+def spread(total: int, wanted: int) -> np.ndarray:
+    """``wanted`` indices below ``total``, evenly apart; all of them when ``wanted`` is 0 or more than there are."""
+    if wanted <= 0 or wanted >= total:
+        return np.arange(total)
+    return np.asarray(np.unique(np.linspace(0, total - 1, wanted).round().astype(int)))
+
+
 class Batch(NamedTuple):
     """The sequences ``rows``, ``length`` tokens of each."""
 
@@ -68,6 +75,10 @@ class Tokens:
         return Tokens(
             self.input_ids[rows][:, cut], self.mask[rows][:, cut], self.domain[rows], self.domains, self.source
         )
+
+    def evenly(self, wanted: int) -> Tokens:
+        """``wanted`` of the sequences, evenly apart; all where there are fewer."""
+        return self.take(spread(self.sequences, wanted))
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -7,8 +7,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from reapc.allocate.allocation import Damages, decide, measured
 from reapc.allocate.record import allocation_json
 from reapc.allocate.sensitivity import Prober
@@ -40,10 +38,8 @@ def joint_mixes(sweep: Sweep, budgets: Sequence[Budget], max_ratio: float) -> li
     def damages() -> tuple[Damages, Prober]:
         """Measured once for all budgets."""
         base, _ = passes.convert(passes.source, "bf16")
-        text = passes.calibration
-        rows = np.unique(np.linspace(0, text.sequences - 1, min(SEQUENCES, text.sequences)).round().astype(np.int64))
         prober = Prober(
-            base, text.take(rows), entries_of(sweep.scores, spec), work / "probes", sweep.progress,
+            base, passes.calibration.evenly(SEQUENCES), entries_of(sweep.scores, spec), work / "probes", sweep.progress,
             os.cpu_count() or 1,
         )  # fmt: skip
         found = measured(spec, base, sweep.scores, counts, criterion, sweep.progress, prober=prober, dissolve=dissolve)
