@@ -12,6 +12,7 @@ from typing import Any
 
 from reapc import __version__
 from reapc.allocate.in_build import allocate_build, allocated_format, allocates, rounds
+from reapc.allocate.needs import Needs, allocation_needs
 from reapc.arch import ModelSpec
 from reapc.checkpoint.atomic import make_folder, remove, require_room
 from reapc.checkpoint.reader import Checkpoint
@@ -29,6 +30,8 @@ from reapc.output import existing_result
 from reapc.passes import Passes, Staged, llamacpp_version
 from reapc.plan import Plan
 from reapc.planner import prior
+from reapc.planner.question import from_recipe
+from reapc.planner.search import served_counts
 from reapc.progress import Progress
 from reapc.prune.criteria import CRITERIA, choose, dropped_share, groups_of
 from reapc.prune.rewrite import check_scores
@@ -172,8 +175,17 @@ class Build:
         healed = self.requirements.heals(chosen)
         return estimate(
             inputs.checkpoint, self.first_plan, inputs.calibration, inputs.held_out, tool, iters, decoded, healed,
-            self.requirements.measures(chosen), self.requirements.heals_quantized(chosen),
+            self.requirements.measures(chosen), self.requirements.heals_quantized(chosen), self._allocation(),
         )  # fmt: skip
+
+    def _allocation(self) -> Needs | None:
+        """What allocating is expected to need; None where nothing is allocated."""
+        inputs, plan = self.inputs, self.first_plan
+        if not (self.allocates and rounds(plan)):
+            return None
+        question = from_recipe(self.recipe, inputs.checkpoint.spec, self.recipe.model.source, buildable=True)
+        counts = served_counts(plan.chosen.engine, inputs.checkpoint.spec, question.counts)
+        return allocation_needs(inputs.checkpoint, plan, inputs.calibration, counts)
 
     def run(self, out: Path) -> BuildResult:
         """Builds into ``out``; does nothing when this very result is there."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from reapc.allocate.needs import Needs
 from reapc.checkpoint.reader import Checkpoint
 from reapc.choice.samples import disk_tokens, forward_tokens
 from reapc.observe.observe import disk_bytes
@@ -62,11 +63,13 @@ def _matmul_rate() -> float:
 def estimate(
     checkpoint: Checkpoint, plan: Plan, calibration: Tokens, held_out: Tokens, tool: str = "", iters: int = 0,
     decoded: bool = False, healed: bool = False, measured: bool = False, healed_quantized: bool = False,
+    allocation: Needs | None = None,
 ) -> Estimate:  # fmt: skip
     """The needs of a build of ``plan``: two observations, a verification, the copies between, and the quantizer.
     ``tool`` writes a vLLM format ("" where none is written), AutoRound with ``iters`` steps per layer. ``decoded``: the
     pruned checkpoint is written in 16 bit once more. ``healed``: it is refitted to the original; ``healed_quantized``:
-    the quantized result is. ``measured``: the criterion is chosen by measuring candidates."""
+    the quantized result is. ``measured``: the criterion is chosen by measuring candidates. ``allocation``: what
+    allocating needs."""
     spec, chosen = checkpoint.spec, plan.chosen
     active = spec.active_parameters
     tokens = 2 * calibration.count + 2 * held_out.count
@@ -89,6 +92,9 @@ def estimate(
         seconds += 2 * active * 2 * calibration.count / (_matmul_rate() * _FORWARD_EFFICIENCY)
     if measured:
         seconds += 2 * active * forward_tokens(spec, calibration) / (_matmul_rate() * _FORWARD_EFFICIENCY)
+    if allocation:
+        seconds += 2 * active * allocation.tokens / (_matmul_rate() * _FORWARD_EFFICIENCY)
+        seconds += allocation.copied_bytes / _COPY_BYTES_PER_SECOND + allocation.rounding
     healed_bytes = 0
     sides = heal_bytes(calibration, spec.hidden_size, spec.top_k, spec.expert_intermediate_size)
     healing_seconds = _HEALING_FORWARDS * 2 * active * calibration.count / (_matmul_rate() * _FORWARD_EFFICIENCY)
@@ -108,6 +114,10 @@ def estimate(
     states = disk_bytes(checkpoint, calibration, held_out)
     if measured:  # after the observation, which has removed its own
         states = max(states, disk_bytes(checkpoint, calibration, None) * disk_tokens(calibration) // calibration.count)
+    if allocation and chosen.engine == "llama.cpp":  # its files go before anything is pruned, but for the first
+        copies = max(copies + 2 * spec.parameters, allocation.disk_bytes)
+    elif allocation:
+        states = max(states, allocation.disk_bytes)
     disk = states + reference + copies
     layer = max(
         sum(group.unit_parameters * (3 if group.role == "expert" else 1) for group in layer.kind.tensors)

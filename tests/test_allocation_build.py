@@ -10,13 +10,18 @@ import pytest
 from conftest import make_project, run_main
 from test_build import RECIPE as BUILD
 
+from reapc.allocate.sensitivity import Prober
 from reapc.arch import known
+from reapc.build import Build
 from reapc.errors import CannotBeDone
 from reapc.planner.allocate import allocate
 from reapc.planner.devices import Devices, Taken
 from reapc.planner.search import answer
 from reapc.planner.tensor_groups import LADDER
+from reapc.progress import Silent
 from reapc.quantize.gguf import check_types
+from reapc.recipe import load_recipe
+from reapc.stages import StageCache
 
 RECIPE = (
     BUILD.replace('format = "Q4_K_M"', "allocate = true")
@@ -64,6 +69,31 @@ def test_a_build_allocates(project: Path, cache: str, capsys, tmp_path: Path) ->
     assert healed["healing_quantized"]["layers"]
     assert healed["allocation"]["types"] == found["types"]
     check_types(tmp_path / "second" / "model.gguf", found["types"])
+
+
+def test_the_disk_that_allocating_takes_is_estimated_before(project: Path, tmp_path: Path, monkeypatch) -> None:
+    """What lies in the build's stages whenever a probe is being measured, and at the end."""
+    cache = StageCache(tmp_path / "stages", lambda _: None)
+    seen: list[int] = []
+
+    def taken() -> int:
+        return sum(path.stat().st_size for path in cache.root.rglob("*") if path.is_file())
+
+    whole = Prober.fidelity
+
+    def fidelity(self, model: Path):
+        seen.append(taken())
+        return whole(self, model)
+
+    monkeypatch.setattr(Prober, "fidelity", fidelity)
+    plain = Build(load_recipe(project / "tiny.toml", ("quantize.allocate=false",)), Silent(), cache=cache).expect()
+    build = Build(load_recipe(project / "tiny.toml"), Silent(), cache=cache)
+    expected = build.expect()
+    build.run(tmp_path / "out")
+    assert len(seen) >= 6
+    assert max(*seen, taken()) <= expected.disk_bytes < 2.5 * max(*seen, taken())
+    assert expected.disk_bytes > plain.disk_bytes
+    assert expected.seconds > plain.seconds
 
 
 def test_what_contradicts_it_is_refused(project: Path, capsys, tmp_path: Path) -> None:

@@ -13,7 +13,13 @@ import torch
 from conftest import ROOT, make_glm4, make_model, make_project, make_tokens, run_main
 from specs import demo_spec, qwen30b
 
-from reapc.allocate.checkpoints import decide_methods, measured_checkpoints, prior_checkpoints, probed_parts
+from reapc.allocate.checkpoints import (
+    decide_methods,
+    measured_checkpoints,
+    prior_checkpoints,
+    probed_parts,
+    within,
+)
 from reapc.allocate.masks import by_criterion, by_measuring
 from reapc.allocate.on_target import OnTarget
 from reapc.allocate.record import read_allocation
@@ -192,7 +198,7 @@ def test_every_card_holds_what_it_was_given(model: str, target: str, serve: dict
     every = cards.methods()
     assert {parts.method for parts in every} >= {"ct", "gptq", "auto-round"}
     best, (found, taken, _), losses = decide_methods(
-        prior_checkpoints(made.question.spec, every, made.question.counts), cards
+        prior_checkpoints(made.question.spec, every, made.question.counts), within(cards)
     )
     parts = best.parts
     assert isinstance(parts, CheckpointParts)
@@ -291,7 +297,7 @@ def test_measured_damages_and_the_decision(
     for _ in range(2):
         prober = StreamedProber(checkpoint, probed_parts(every), tokens, tmp_path, Silent())
         found = measured_checkpoints(checkpoint, every, scores, made.question.counts, kept, Silent(), prober=prober)
-        results.append(decide_methods(found, cards, prober))
+        results.append(decide_methods(found, within(cards), prober))
     assert passes[0] == 3 + 3  # experts, attention, the dense layer; three counts
     assert len(passes) <= 4
     best, (allocation, taken, measurements), _ = results[0]
@@ -499,7 +505,7 @@ def test_the_demo_model_at_equal_bytes(tmp_path: Path) -> None:
     prober = StreamedProber(checkpoint, probed_parts(every), text.take(np.arange(0, 32, 2)), tmp_path, Silent())
     kept = by_criterion(scores, "weighted_sum", 1)
     found = measured_checkpoints(checkpoint, every, scores, made.question.counts, kept, Silent(), prober=prober)
-    best, (_, taken, _), _ = decide_methods(found, cards, prober)
+    best, (_, taken, _), _ = decide_methods(found, within(cards), prober)
     parts = best.parts
     assert isinstance(parts, CheckpointParts)
     types = {u.name: best.types[o] for u, o in zip(parts.groups, taken.options, strict=True)}

@@ -27,12 +27,18 @@ from reapc.observe.observe import observe
 from reapc.progress import Silent
 from reapc.prune.criteria import choose, expert_values
 from reapc.prune.heal import heal
+from reapc.prune.refit import basis_of
 from reapc.prune.rewrite import prune
 from reapc.quantize.encode import encode, pack_stream, pack_words
+from reapc.quantize.feedback import damped_inverse, nearest, with_feedback
 from reapc.quantize.folder_form import FolderForm
 from reapc.stream.tokens import write_tokens
 
 TENSOR_FP8 = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+INTEGER_PACKINGS = [
+    Packing("ct", 4, 32), Packing("ct", 3, 32), Packing("int8", 8), Packing("auto-round", 2, 32, zero_offset=1),
+    Packing("gptq", 4, 32, symmetric=False, zero_offset=1, act_order=True), Packing("gptq", 8, 64),
+]  # fmt: skip
 ONE_EXPERT = {**SCHEMES, "fp8 per tensor": TENSOR_FP8}
 
 
@@ -64,14 +70,7 @@ def random_parts(packing: Packing, rows: int, columns: int) -> dict[str, torch.T
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "packing",
-    [
-        Packing("ct", 4, 32), Packing("ct", 3, 32), Packing("int8", 8), Packing("auto-round", 2, 32, zero_offset=1),
-        Packing("gptq", 4, 32, symmetric=False, zero_offset=1, act_order=True), Packing("gptq", 8, 64),
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("packing", INTEGER_PACKINGS, ids=str)
 def test_integers_stay_on_their_grid_and_go_to_the_nearest(packing: Packing) -> None:
     own = random_parts(packing, 64, 128)
     weight = decode(own, packing, 64, 128)
@@ -85,6 +84,77 @@ def test_integers_stay_on_their_grid_and_go_to_the_nearest(packing: Packing) -> 
     inside = weight < weight.max(1, keepdim=True).values - 2 * scales.max()
     assert inside.any()
     assert float((found - moved).abs()[inside].max()) <= 0.501 * float(scales.max())
+
+
+def gram_of(inputs: torch.Tensor) -> torch.Tensor:
+    return inputs.double().T @ inputs.double()
+
+
+def correlated(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Inputs (rows, columns) of which few directions carry most."""
+    random = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(rows, columns // 4, generator=random) @ torch.randn(columns // 4, columns, generator=random)
+    return mixed + 0.3 * torch.randn(rows, columns, generator=random)
+
+
+@pytest.mark.parametrize("rows", [600, 40], ids=["more inputs than columns", "fewer"])
+def test_error_feedback_is_solving_again_for_the_columns_that_are_left(rows: int) -> None:
+    """Against the definition: after each column, least squares over all that are left, in double precision. The
+    inverse comes from a basis, in the dual form where inputs are fewer."""
+    inputs = correlated(rows, 160)
+    gram = gram_of(inputs)
+    basis = basis_of(gram, gram, inputs.double() if rows < 160 else None)
+    inverse = damped_inverse(basis.values, basis.vectors)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(160)
+    assert inverse is not None
+    assert float((inverse @ damped - torch.eye(160)).abs().max()) < 1e-6
+    weight = torch.randn(24, 160, generator=torch.Generator().manual_seed(1))
+    scales, zeros = weight.abs().amax(1, keepdim=True) / 7, torch.tensor(8.0)
+    found = with_feedback(weight, scales, zeros, 4, inverse)
+    left, levels = weight.double(), torch.empty(24, 160, dtype=torch.uint8)
+    order = torch.argsort(inverse.diagonal()).tolist()
+    for place, column in enumerate(order):
+        own, rest = [column], order[place + 1 :]
+        levels[:, own] = nearest(left[:, own].float(), scales, zeros, 4)
+        error = left[:, own] - (levels[:, own].double() - zeros) * scales
+        if rest:
+            left[:, rest] += error @ torch.linalg.solve(damped[rest][:, rest], damped[rest][:, own]).T
+    # a level on the edge between two may fall either way in single precision, and carries its column's error on
+    assert float((found == levels).float().mean()) > 0.97
+
+    def wrong(levels: torch.Tensor) -> float:
+        return float((inputs @ (weight - (levels.float() - zeros) * scales).T).norm())
+
+    assert wrong(found) == pytest.approx(wrong(levels), rel=0.02)
+    assert wrong(found) < 0.7 * wrong(nearest(weight, scales, zeros, 4))
+
+
+@pytest.mark.parametrize("packing", INTEGER_PACKINGS, ids=str)
+def test_integers_with_error_feedback_lie_on_the_same_grid_and_lose_less(packing: Packing) -> None:
+    own = random_parts(packing, 64, 128)
+    weight = decode(own, packing, 64, 128)
+    inputs = correlated(500, 128)
+    values, vectors = torch.linalg.eigh(gram_of(inputs))
+    inverse = damped_inverse(values, vectors)
+    again = encode(weight, packing, own, inverse)
+    assert all(torch.equal(value, own[key]) for key, value in again.items())  # nothing to feed back
+    scales = own["scales"].float().t() if "scales" in own else own["weight_scale"].float()
+    steps = torch.rand(64, 128, generator=torch.Generator().manual_seed(2)) - 0.5
+    moved = (0.8 * weight if packing.bits > 2 else weight) + steps * scales.min()
+
+    def wrong(inverse: torch.Tensor | None) -> float:
+        packed = encode(moved, packing, own, inverse)
+        assert {key: (part.dtype, part.shape) for key, part in packed.items()} == {
+            key: (own[key].dtype, own[key].shape) for key in packed
+        }
+        found = decode({**own, **packed}, packing, 64, 128)
+        return float((inputs @ (found - moved).T).norm())
+
+    assert wrong(inverse) < (0.85 if packing.bits > 2 else 0.97) * wrong(None)
+
+
+def test_no_inputs_have_no_feedback() -> None:
+    assert damped_inverse(torch.zeros(8), torch.zeros(8, 8)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu], ids=str)

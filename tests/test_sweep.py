@@ -13,11 +13,13 @@ from gguf import GGUFReader
 
 from reapc.arch import load_config, model_spec
 from reapc.errors import CannotBeDone, ReapcError
+from reapc.formats import weights
 from reapc.sweep.frontier import ALL_EXPERTS, OURS, frontier, series_of
 from reapc.sweep.grid import Budget, Mix, at_budget, at_ratios, bytes_of, parse_budgets, parse_formats, parse_ratios
 from reapc.sweep.panel import Sequences, by_sequence, halves, kl_interval, ratio_interval
 from reapc.sweep.run import Point, Settings, expanded
 from reapc.verify.fidelity import measure
+from reapc.verify.fit import tensor_bytes
 
 FORMATS = ("Q8_0", "Q4_K_M", "IQ4_XS", "Q3_K_M")
 
@@ -26,7 +28,7 @@ FORMATS = ("Q8_0", "Q4_K_M", "IQ4_XS", "Q3_K_M")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_project(
         tmp_path_factory.mktemp("sweep"), "", sequences=30, num_experts=12, num_experts_per_tok=4, hidden_size=256,
-        moe_intermediate_size=256, head_dim=64,
+        moe_intermediate_size=256, head_dim=64, dtype=torch.bfloat16,
     )  # fmt: skip
     from reapc.stream.tokens import write_tokens
 
@@ -159,6 +161,10 @@ class TestPanel:
         assert series_of(Mix("x", 6, 1, "ean", True, refit=True), 12) == "ean, healed, quantized and healed"
 
 
+def parameters(project: Path) -> int:
+    return model_spec(load_config(project / "model"), "config.json").parameters
+
+
 def _sweep(capsys, project: Path, out: Path, *more: object) -> tuple[int, str, str]:
     return run_main(
         capsys, "sweep", project / "model", "--tokens", project / "tokens.safetensors", "--panel",
@@ -244,10 +250,27 @@ def test_pruning_alone_at_ratios_in_folders_and_in_fp8(project: Path, capsys, tm
     # tensors are counted, not headers: the model in the budget's own bf16 is within it
     assert "them" in {row["series"] for row in found["rows"]["bf16 with 12"]}
     del points["them"]
+    assert "counts as what it has" not in err
     assert set(points) == {"bf16-12e", "fp8-12e", "bf16-9e-reap", "fp8-9e-reap"}
     assert points["bf16-12e"]["kl"] == pytest.approx(0, abs=1e-6)
     assert 0 < points["fp8-12e"]["kl"] < points["bf16-9e-reap"]["kl"]
     assert points["fp8-9e-reap"]["bytes"] < points["bf16-9e-reap"]["bytes"]
+
+
+def test_what_a_float32_source_leaves_counts_as_it_is(project: Path, capsys, tmp_path: Path) -> None:
+    from transformers import Qwen3MoeForCausalLM
+
+    plain = Qwen3MoeForCausalLM.from_pretrained(project / "model", dtype=torch.float32)
+    plain.save_pretrained(tmp_path / "plain")
+    code, _, err = run_main(
+        capsys, "sweep", tmp_path / "plain", "--tokens", project / "tokens.safetensors", "--panel",
+        project / "panel.safetensors", "--ratios", "0", "--formats", "bf16", "--heal", "no", "--out", tmp_path / "o",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "counts as what it has" in err
+    found = json.loads((tmp_path / "o" / "sweep.json").read_text())
+    assert found["points"]["bf16-12e"]["bytes"] == 4 * parameters(project)
+    assert found["rows"]["bf16 with 12"] == []  # and so it is not within that budget
 
 
 def test_what_is_quantized_is_healed_after_it(project: Path, capsys, tmp_path: Path) -> None:
@@ -261,6 +284,42 @@ def test_what_is_quantized_is_healed_after_it(project: Path, capsys, tmp_path: P
     assert set(points) == plain | {f"{name}-refit" for name in plain}
     assert all(points[f"{name}-refit"]["bytes"] == points[name]["bytes"] for name in plain)
     assert points["Q4_K_M-9e-reap-refit"]["kl"] < points["Q4_K_M-9e-reap"]["kl"]
+
+
+def test_the_allocator_mixes_widths_of_checkpoints_too(project: Path, capsys, tmp_path: Path, monkeypatch) -> None:
+    """One joint checkpoint for each budget, in the method and the groups of the formats asked for, of the bytes that
+    were predicted, and no GGUF file where none is asked for."""
+    from reapc.sweep.run import Sweep
+
+    whole, sizes = Sweep._measured, {}
+
+    def seen(self, stored: Path, mix: Mix, result: Path, *rest):
+        sizes[mix.name] = (tensor_bytes(result), mix.bytes)
+        return whole(self, stored, mix, result, *rest)
+
+    monkeypatch.setattr(Sweep, "_measured", seen)
+    grid = (
+        "--budgets", "7.2,9", "--formats", "ct-w4g32,ct-w8g32", "--mixes", "0", "--heal", "no", "--criteria", "reap",
+    )  # fmt: skip
+    code, _, err = _sweep(capsys, project, tmp_path / "o", *grid, "--iters", "0", "--refit")
+    assert code == 0, err
+    points = json.loads((tmp_path / "o" / "sweep.json").read_text())["points"]
+    joint = {name: point for name, point in points.items() if name.startswith("joint-ct@")}
+    assert {name.partition("@")[2].partition("-")[0] for name in joint} == {"7.2bpw", "9bpw"}
+    assert not any(name.startswith("joint@") for name in points)
+    assert all(weights.parse(point["format"]).overrides for point in joint.values())
+    assert {fmt.group_size for point in joint.values() for fmt in (weights.parse(point["format"]),)} == {32}
+    assert sizes == {name: (real, real) for name, (real, _) in sizes.items()}
+    rows = json.loads((tmp_path / "o" / "sweep.json").read_text())["rows"]
+    for budget, bits in (("7.2 bpw", 7.2), ("9 bpw", 9)):
+        row = next(row for row in rows[budget] if row["series"] == "joint, ct")
+        assert row["bytes"] <= bits / 8 * parameters(project)
+        assert row["kl"] <= min(row["kl"] for row in rows[budget] if row["series"] == ALL_EXPERTS)
+    assert points["joint-ct@9bpw-12e"]["kl"] < points["joint-ct@7.2bpw-12e"]["kl"]
+
+    monkeypatch.setattr(Sweep, "_measured", lambda *a: pytest.fail("a point was measured twice"))
+    code, _, err = _sweep(capsys, project, tmp_path / "o", *grid, "--iters", "0", "--refit")
+    assert code == 0, err
 
 
 @pytest.mark.parametrize(

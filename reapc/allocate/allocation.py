@@ -172,7 +172,8 @@ def stored_types(damages: Damages, choice: Choice) -> dict[str, str]:
 Budget = int | Callable[[Damages], Problem]
 
 
-def _problem(damages: Damages, budget: Budget) -> Problem:
+def problem_at(damages: Damages, budget: Budget) -> Problem:
+    """The problem of damages under a budget."""
     return budget(damages) if callable(budget) else damages.problem(budget)
 
 
@@ -186,7 +187,7 @@ def decide(
     not fit: with clearly fewer or more). Both correct the two kinds of damage by a factor each, and if that changes the
     choice the new one is measured too. The one with the least measured KL, the prior's of its KV cache added, is taken;
     its predicted damage stays what it was before any correction."""
-    problem = _problem(damages, budget)
+    problem = problem_at(damages, budget)
     first = allocate(problem)
     if prober is None or rounds < 1:
         return first, first.best, []
@@ -217,7 +218,7 @@ def decide(
         try_(second)
     if rounds > 2 and len(found) > 1:
         factors = correction([measurement for measurement, _ in found])
-        try_(allocate(_problem(damages.scaled(*factors), budget)).best)
+        try_(allocate(problem_at(damages.scaled(*factors), budget)).best)
     best = min(found, key=lambda item: (item[0].kl + item[0].cache, -item[0].experts))
     return first, best[1], [measurement for measurement, _ in found]
 

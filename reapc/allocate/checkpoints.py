@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from reapc.allocate.allocation import Damages, Measurement, decide
+from reapc.allocate.allocation import Budget, Damages, Measurement, decide, problem_at
 from reapc.allocate.masks import Kept
 from reapc.allocate.sensitivity import Probe, measured_pruning, measured_sensitivity, probe_sets, probed_counts
 from reapc.allocate.streamed import PROBE_BITS, Mix, StreamedProber
@@ -113,19 +113,29 @@ def prober_of_checkpoint(
     )  # fmt: skip
 
 
+def within(cards: Cards) -> Callable[[Damages], Problem]:
+    """What the cards have left, as a budget."""
+
+    def problem(damages: Damages) -> Problem:
+        assert isinstance(damages.parts, CheckpointParts)
+        return cards.budgets(damages.problem(0), damages.parts, damages.types)
+
+    return problem
+
+
 def decide_methods(
-    found: Sequence[Damages], cards: Cards, prober: StreamedProber | None = None, rounds: int = 3
+    found: Sequence[Damages], budget: Budget, prober: StreamedProber | None = None, rounds: int = 3
 ) -> Decided:
-    """The decision in the method that holds the choice with the least predicted damage, under what the cards have left,
-    and what the best of each method is predicted to lose. CannotBeDone where nothing fits in any."""
+    """The decision in the method that holds the choice with the least predicted damage within ``budget`` (bytes of
+    tensor data, or ``within`` cards), and what the best of each method is predicted to lose. CannotBeDone where nothing
+    fits in any."""
 
     made: dict[int, Problem] = {}
 
     def problem_of(damages: Damages) -> Problem:
-        assert isinstance(damages.parts, CheckpointParts)
         place = next((i for i, own in enumerate(found) if own is damages), None)  # corrected ones are asked for once
         if place is None or place not in made:
-            problem = cards.budgets(damages.problem(0), damages.parts, damages.types)
+            problem = problem_at(damages, budget)
             if place is None:
                 return problem
             made[place] = problem

@@ -12,7 +12,12 @@ from typing import Any
 
 from reapc import __version__
 from reapc.allocate.allocation import decide, measured
-from reapc.allocate.checkpoints import decide_methods, measured_checkpoints, prober_of_checkpoint
+from reapc.allocate.checkpoints import (
+    decide_methods,
+    measured_checkpoints,
+    prober_of_checkpoint,
+    within,
+)
 from reapc.allocate.masks import Kept, by_criterion, by_measuring
 from reapc.allocate.record import allocation_json
 from reapc.allocate.sensitivity import Prober, probed_counts
@@ -175,7 +180,7 @@ def _for_vllm(wanted: _Wanted, depends: dict[str, Any]) -> tuple[Plan, dict[str,
             wanted.checkpoint, every, wanted.scores, wanted.question.counts, wanted.kept, passes.progress,
             prober=prober,
         )  # fmt: skip
-        best, decided, methods = decide_methods(damages, cards, prober)
+        best, decided, methods = decide_methods(damages, within(cards), prober)
         found = allocation_json(best, wanted.checkpoint.spec, None, decided, {**wanted.facts, "methods": methods})
         (folder / "allocation.json").write_text(json.dumps(found, indent=2) + "\n")
         remove(scratch)

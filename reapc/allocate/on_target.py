@@ -13,6 +13,7 @@ from reapc.allocate.checkpoints import (
     measured_checkpoints,
     prior_checkpoints,
     prober_of_checkpoint,
+    within,
 )
 from reapc.allocate.in_build import rounds
 from reapc.allocate.masks import by_criterion
@@ -104,7 +105,7 @@ class OnTarget:
                 observed.checkpoint, every, observed.scores, counts, kept, observed.progress, prober=prober,
                 segments=segments,
             )  # fmt: skip
-        best, decided, methods = decide_methods(found, cards, prober, tries)
+        best, decided, methods = decide_methods(found, within(cards), prober, tries)
         return allocation_json(best, spec, None, decided, {**facts, **self._facts(), "methods": methods})
 
     def for_llamacpp(

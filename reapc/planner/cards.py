@@ -44,7 +44,7 @@ class Cards:
         quantize.method writes, and vLLM serves in the layout."""
         found: list[CheckpointParts] = []
         for name, groups in self._named().items():
-            formats = [fmt for fmt in _plain(name, groups) if self._written(fmt, method) and self._legal(fmt)]
+            formats = [fmt for fmt in plain_formats(name, groups) if self._written(fmt, method) and self._legal(fmt)]
             try:
                 found.append(
                     checkpoint_parts(self.question.spec, name, formats, self._refusal, self.question.keeps_mtp)
@@ -159,7 +159,7 @@ class Cards:
         )  # fmt: skip
 
 
-def _plain(method: Method, groups: set[int]) -> list[WeightFormat]:
+def plain_formats(method: Method, groups: set[int]) -> list[WeightFormat]:
     """Every plain format of a method with these group sizes, the widest first."""
     if method not in _INTEGERS:
         return [weights.plain(method, 8, group) for group in groups]

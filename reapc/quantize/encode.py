@@ -10,15 +10,16 @@ import torch
 from reapc.checkpoint.decode import zero_points
 from reapc.errors import CannotBeDone
 from reapc.formats.packing import Packing
+from reapc.quantize.feedback import nearest, with_feedback
 from reapc.quantize.fp8 import LARGEST, to_e4m3
 
 Parts = dict[str, torch.Tensor]  # tensors on disk by the end of their names
-_INTEGERS = ("gptq", "auto-round", "ct", "int8")
+INTEGERS = ("gptq", "auto-round", "ct", "int8")
 
 
 def check_packing(packing: Packing, where: str) -> None:
     """CannotBeDone for a packing that is read here, and not written."""
-    if packing.method not in ("fp8-block", "fp8", *_INTEGERS):
+    if packing.method not in ("fp8-block", "fp8", *INTEGERS):
         raise CannotBeDone(
             f"{where}: its experts' down projections are in {packing}, which refitted weights are not rounded to in "
             "this version",
@@ -26,23 +27,29 @@ def check_packing(packing: Packing, where: str) -> None:
         )
 
 
-def encode(weight: torch.Tensor, packing: Packing, own: Mapping[str, torch.Tensor]) -> Parts:
-    """The parts of ``own`` (those of the linear as it is) that change, for ``weight`` (rows, columns) float32."""
+def encode(
+    weight: torch.Tensor, packing: Packing, own: Mapping[str, torch.Tensor], inverse: torch.Tensor | None = None
+) -> Parts:
+    """The parts of ``own`` (those of the linear as it is) that change, for ``weight`` (rows, columns) float32.
+
+    ``inverse`` (columns, columns): of the damped Gram of what the linear is given (feedback.py), where integers are to
+    be rounded with error feedback; without it to the nearest."""
     match packing.method:
         case "fp8-block":
             return _tiles(weight, packing, own)
         case "fp8":
             return _fp8(weight, packing, own)
         case "int8":
-            scaled = torch.round(weight / own["weight_scale"].float())
-            return {"weight": scaled.nan_to_num(0).clamp(-128, 127).to(torch.int8)}
+            levels = _levels(weight, own["weight_scale"].float(), torch.tensor(128.0), 8, inverse)
+            return {"weight": (levels.to(torch.int16) - 128).to(torch.int8)}
         case "ct":
-            values = _grid(weight, own["weight_scale"].float(), 1 << (packing.bits - 1), packing.bits)
+            zero = torch.tensor(float(1 << (packing.bits - 1)))
+            values = _levels(weight, _by_column(own["weight_scale"].float(), weight), zero, packing.bits, inverse)
             words = own["weight_packed"]
             dense = words.shape[1] == -(-weight.shape[1] * packing.bits // 32)
             return {"weight_packed": (pack_stream if dense else pack_words)(values, packing.bits)}
         case "gptq" | "auto-round":
-            return {"qweight": pack_stream(_gptq(weight, packing, own), packing.bits).t().contiguous()}
+            return {"qweight": pack_stream(_gptq(weight, packing, own, inverse), packing.bits).t().contiguous()}
         case _:
             raise AssertionError(packing.method)  # check_packing lets no other through
 
@@ -76,25 +83,29 @@ def _scales(largest: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return found.to(own.dtype)
 
 
-def _gptq(weight: torch.Tensor, packing: Packing, own: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    scales, zeros = own["scales"].t().float(), zero_points(own, packing).t()
+def _gptq(
+    weight: torch.Tensor, packing: Packing, own: Mapping[str, torch.Tensor], inverse: torch.Tensor | None
+) -> torch.Tensor:
+    scales, zeros = own["scales"].t().float(), zero_points(own, packing).t().float()
     order = own.get("g_idx")
     if order is None:
-        return _grid(weight, scales, zeros, packing.bits)
-    order = order.long()
-    return _nearest(weight, scales[:, order], zeros[:, order].float(), packing.bits)
+        scales, zeros = _by_column(scales, weight), _by_column(zeros, weight)
+    else:
+        scales, zeros = scales[:, order.long()], zeros[:, order.long()]
+    return _levels(weight, scales, zeros, packing.bits, inverse)
 
 
-def _grid(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | int, bits: int) -> torch.Tensor:
-    """By groups of columns of equal size; ``scales``, ``zeros`` (rows, groups)."""
-    size = weight.shape[1] // scales.shape[1]
-    zeros = zeros.float().repeat_interleave(size, 1) if isinstance(zeros, torch.Tensor) else torch.tensor(float(zeros))
-    return _nearest(weight, scales.repeat_interleave(size, 1), zeros, bits)
+def _by_column(groups: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(rows, groups) of equal size as (rows, columns)."""
+    return groups.repeat_interleave(weight.shape[1] // groups.shape[1], 1)
 
 
-def _nearest(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch.Tensor:
-    found = torch.round(weight / scales + zeros).nan_to_num(0).clamp(0, (1 << bits) - 1)
-    return torch.where(scales == 0, zeros.expand_as(found), found).to(torch.uint8)
+def _levels(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, inverse: torch.Tensor | None
+) -> torch.Tensor:
+    if inverse is None:
+        return nearest(weight, scales, zeros, bits)
+    return with_feedback(weight, scales, zeros, bits, inverse)
 
 
 def pack_stream(values: torch.Tensor, bits: int) -> torch.Tensor:

@@ -17,7 +17,8 @@ from reapc.checkpoint.streamed_writer import Slot, write_streamed
 from reapc.prune.down import Down
 from reapc.prune.forms import down_place, write_with
 from reapc.prune.refit import Basis
-from reapc.quantize.encode import Parts, check_packing, encode
+from reapc.quantize.encode import INTEGERS, Parts, check_packing, encode
+from reapc.quantize.feedback import damped_inverse
 from reapc.stream.expert_weights import Stored
 
 
@@ -50,7 +51,10 @@ class PackedDown(Down):
         linear = self._linear(expert)
         turned = self.place.turned != linear.transposed
         own = self._read_parts(expert)
-        packed = encode((values.mT if turned else values).contiguous(), linear.packing, own)
+        # of a transposed linear the columns are the outputs: no error of theirs can be made up for by others
+        feeds_back = linear.packing.method in INTEGERS and not turned
+        inverse = damped_inverse(basis.values, basis.vectors) if feeds_back else None
+        packed = encode((values.mT if turned else values).contiguous(), linear.packing, own, inverse)
         found = decode({**own, **packed}, linear.packing, *linear.linears[0]).float()
         return (found.mT if turned else found), packed
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from reapc.formats import weights
 from reapc.stream.tokens import Tokens
 from reapc.sweep.grid import Budget, Mix
 from reapc.sweep.panel import halves, kl_interval, ratio_interval
@@ -59,8 +60,10 @@ class Frontier:
 def series_of(mix: Mix, experts: int) -> str:
     """The way in which a mix of ours was made."""
     healed = ", healed" if mix.healed else ""
-    if mix.types:
-        return f"joint{healed}{', quantized and healed' if mix.refit else ''}"
+    if mix.types or mix.label:
+        parsed = None if mix.types else weights.parse(mix.format)
+        made = "joint" if parsed is None else f"joint, {parsed.method}"
+        return f"{made}{healed}{', quantized and healed' if mix.refit else ''}"
     made = ALL_EXPERTS if mix.kept == experts else f"{mix.criterion}{healed}, quantized"
     return f"{made} and healed" if mix.refit else made
 

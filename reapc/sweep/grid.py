@@ -35,7 +35,7 @@ class Budget:
 class Mix:
     """A format, how many experts stay, who chose them (``criterion``, "" where all stay) and whether they are healed.
     ``bytes``: of tensor data, as predicted. ``types``: GGUF type by tensor, where the allocator chose them. ``refit``:
-    healed after quantization."""
+    healed after quantization. ``label``: what it is called, where its format has too long a name."""
 
     format: str
     kept: int
@@ -44,12 +44,13 @@ class Mix:
     healed: bool = False
     types: tuple[tuple[str, str], ...] = ()
     refit: bool = False
+    label: str = ""
 
     @property
     def name(self) -> str:
         """For people and for file names."""
         ways = ("healed" if self.healed else "", "refit" if self.refit else "")
-        return "-".join(part for part in (self.format, f"{self.kept}e", self.criterion, *ways) if part)
+        return "-".join(part for part in (self.label or self.format, f"{self.kept}e", self.criterion, *ways) if part)
 
     @property
     def quantized(self) -> bool:

@@ -28,6 +28,7 @@ from reapc.sweep.panel import Sequences, by_sequence
 from reapc.verify.fidelity import log_probs, vocabulary_of
 from reapc.verify.fit import result_bytes, tensor_bytes
 
+_LATER = ("refit", "label")  # fields that came later: what was measured before there were any is still known
 OBSERVED = "observe"  # the stages that every configuration needs, and the next sweep
 
 
@@ -156,7 +157,7 @@ class Sweep:
         if not mix.is_gguf:
             fmt = _parsed(mix)
             tools = quantizer.versions(quantizer.writer_for(fmt)) if fmt.quantized else {}
-        described = {key: value for key, value in asdict(mix).items() if value or key != "refit"}  # as before there was
+        described = {key: value for key, value in asdict(mix).items() if value or key not in _LATER}
         depends = {**self.common(), "mix": described, "iters": self.settings.iters, "tools": tools}
         path, known = self._stored(mix.name, depends)
         if known is not None:
@@ -184,6 +185,10 @@ class Sweep:
             figures = by_sequence(self.panel, read_reference(reference), results)
         finally:
             remove(scratch)
+        if result.is_dir() and (size := tensor_bytes(result)) != mix.bytes:
+            # of a float32 source what is not quantized has four bytes
+            self.progress.log(f"{mix.name}: {size:,} bytes, {mix.bytes:,} predicted; it counts as what it has")
+            mix = replace(mix, bytes=size)
         point = Point(mix, figures, result_bytes(result), time.monotonic() - start)
         make_folder(stored.parent)
         write_text(stored, json.dumps(point.to_json()))

@@ -36,7 +36,7 @@ def sweep_budgets(
     grid: list[Mix] = []
     for budget in asked:
         grid += at_budget(spec, budget, formats, max_ratio=max_ratio, mixes=mixes, dissolve=settings.dissolve_groups)
-    return _swept(passes, panel, out, settings, grid, asked, others, max_ratio if joint else None)
+    return _swept(passes, panel, out, settings, grid, asked, others, formats, max_ratio if joint else None)
 
 
 def sweep_ratios(
@@ -51,7 +51,7 @@ def sweep_ratios(
 
 def _swept(
     passes: Passes, panel: Tokens, out: Path, settings: Settings, grid: list[Mix], budgets: list[Budget],
-    others: Others, joint_ratio: float | None = None,
+    others: Others, formats: Sequence[str] = (), joint_ratio: float | None = None,
 ) -> Frontier:  # fmt: skip
     picking, reporting = halves(panel)
     if not len(picking) or not len(reporting):
@@ -63,7 +63,7 @@ def _swept(
     with locked(out / "sweep.lock"):
         sweep.observe()
         if joint_ratio is not None:
-            grid = [*grid, *joint_mixes(sweep, budgets, joint_ratio)]
+            grid = [*grid, *joint_mixes(sweep, budgets, formats, joint_ratio)]
         points = sweep.run(expanded(grid, experts, settings), others)
     found = frontier(points, budgets, panel, experts, [name for name, _ in others])
     facts = _facts(passes, panel, settings, points)
