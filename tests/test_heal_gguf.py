@@ -4,6 +4,7 @@ that comes out, and a whole build."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from conftest import ROOT, make_project, make_tokens, run_main
 from gguf.quants import dequantize
 from gguf_pruned import convert_all, for_converter, tiny
 from numpy.typing import NDArray
+from quantized_models import quantized
 from test_build import RECIPE as BUILD
 from test_heal import lacking
 
@@ -160,6 +162,23 @@ def test_a_build_heals_what_it_quantizes(project: Path, cache: str, capsys, tmp_
     whole = json.loads((tmp_path / "whole" / "manifest.json").read_text())
     assert whole["experts_kept"] == 12
     assert whole["healing_quantized"]["after"]["kl"] < whole["healing_quantized"]["before"]["kl"]
+
+
+@pytest.mark.parametrize("scheme", ["fp8-block", "fp8"])
+def test_a_source_in_fp8(scheme: str, project: Path, cache: str, capsys, tmp_path: Path) -> None:
+    """Read by the converter as it is, or decoded before: what is refitted are the weights that FP8 stands for."""
+    quantized(project / "model", tmp_path / "source", scheme)
+    shutil.copy(project / "tokens.safetensors", tmp_path)
+    (tmp_path / "fp8.toml").write_text((project / "tiny.toml").read_text().replace('"model"', '"source"'))
+    code, _, err = run_main(
+        capsys, "build", tmp_path / "fp8.toml", "--set", "quantize.heal=true", "--out", tmp_path / "out"
+    )
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert ("decode" in found["stage_seconds"]) == (scheme == "fp8")
+    healing = found["healing_quantized"]
+    assert healing["after"]["kl"] < healing["before"]["kl"]
+    assert all(layer["kept"] and layer["choice"][1] < layer["choice"][0] for layer in healing["layers"])
 
 
 def test_a_result_that_healing_made_worse_ships_as_it_was(
