@@ -71,8 +71,8 @@ def test_a_build_allocates(project: Path, cache: str, capsys, tmp_path: Path) ->
     check_types(tmp_path / "second" / "model.gguf", found["types"])
 
 
-def test_the_disk_that_allocating_takes_is_estimated_before(project: Path, tmp_path: Path, monkeypatch) -> None:
-    """What lies in the build's stages whenever a probe is being measured, and at the end."""
+def test_allocating_costs_what_was_estimated_and_measures_kv_caches(project: Path, tmp_path: Path, monkeypatch) -> None:
+    """Disk: what lies in the build's stages whenever a probe is being measured, and at the end."""
     cache = StageCache(tmp_path / "stages", lambda _: None)
     seen: list[int] = []
 
@@ -81,19 +81,24 @@ def test_the_disk_that_allocating_takes_is_estimated_before(project: Path, tmp_p
 
     whole = Prober.fidelity
 
-    def fidelity(self, model: Path):
+    def fidelity(self, *arguments):
         seen.append(taken())
-        return whole(self, model)
+        return whole(self, *arguments)
 
     monkeypatch.setattr(Prober, "fidelity", fidelity)
     plain = Build(load_recipe(project / "tiny.toml", ("quantize.allocate=false",)), Silent(), cache=cache).expect()
-    build = Build(load_recipe(project / "tiny.toml"), Silent(), cache=cache)
+    build = Build(load_recipe(project / "tiny.toml", ('serve.kv_cache="auto"',)), Silent(), cache=cache)
     expected = build.expect()
-    build.run(tmp_path / "out")
+    found = build.run(tmp_path / "out").manifest["allocation"]
     assert len(seen) >= 6
     assert max(*seen, taken()) <= expected.disk_bytes < 2.5 * max(*seen, taken())
     assert expected.disk_bytes > plain.disk_bytes
     assert expected.seconds > plain.seconds
+    # the same build: what the types of KV cache cost is measured, and is part of what is expected
+    assert found["kv_losses"]["f16"] == 0 < found["kv_losses"]["q8_0"] < found["kv_losses"]["q4_0"]
+    measured = {(one["experts"], one["kv_dtype"]): one["measured_kl"] for one in found["measured"]}
+    taken = measured[found["experts"], found["kv_dtype"]] + found["kv_losses"][found["kv_dtype"]]
+    assert found["expected_kl"] == pytest.approx(taken)
 
 
 def test_what_contradicts_it_is_refused(project: Path, capsys, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from reapc.allocate.checkpoints import (
 )
 from reapc.allocate.masks import Kept, by_criterion, by_measuring
 from reapc.allocate.record import allocation_json
-from reapc.allocate.sensitivity import Prober, probed_counts
+from reapc.allocate.sensitivity import Prober, measured_caches, probed_counts
 from reapc.checkpoint.atomic import remove
 from reapc.checkpoint.reader import Checkpoint
 from reapc.choice.samples import samples_of
@@ -152,8 +152,9 @@ def _for_llamacpp(wanted: _Wanted, depends: dict[str, Any]) -> tuple[Plan, dict[
         )  # fmt: skip
         parts = damages.parts
         assert isinstance(parts, FileParts)
-        decided = decide(damages, lambda made: devices.budgets(made.problem(0), parts), prober)
-        found = allocation_json(damages, spec, None, decided, wanted.facts)
+        losses = measured_caches(prober, devices.caches)
+        decided = decide(damages, lambda made: devices.budgets(made.problem(0), parts, losses), prober)
+        found = allocation_json(damages, spec, None, decided, {**wanted.facts, "kv_losses": losses})
         (folder / "allocation.json").write_text(json.dumps(found, indent=2) + "\n")
         remove(scratch)
 

@@ -16,6 +16,7 @@ from reapc.planner.tensor_groups import file_parts
 from reapc.stream.tokens import Tokens
 
 _MIXES = 3  # chosen ones that are measured
+_CACHES = 2  # types of KV cache, at most
 # Weights per second in one thread, on the demo model: ggml's types (the small ones search), and integers or FP8.
 GGML_WEIGHTS_PER_SECOND = 1.2e6
 NEAREST_WEIGHTS_PER_SECOND = 100e6
@@ -40,7 +41,7 @@ def allocation_needs(checkpoint: Checkpoint, plan: Plan, calibration: Tokens, co
         probes = len(probe_sets(file_parts(spec).groups)) + prunes + _MIXES
         # the model as a GGUF file in 16 bit; of each probe a file as large, or a pruned one beside a quantized one
         return Needs(
-            (1 + probes) * text.count,
+            (1 + probes + _CACHES) * text.count,
             (2 + 2 * probes) * whole,
             _sampled_weights(spec) / GGML_WEIGHTS_PER_SECOND,
             2 * whole + plan.chosen.file_bytes,

@@ -18,7 +18,7 @@ from reapc.allocate.checkpoints import (
 from reapc.allocate.in_build import rounds
 from reapc.allocate.masks import by_criterion
 from reapc.allocate.record import allocation_json
-from reapc.allocate.sensitivity import Measures
+from reapc.allocate.sensitivity import Prober, measured_caches
 from reapc.arch import ModelSpec
 from reapc.checkpoint.reader import Checkpoint
 from reapc.errors import CannotBeDone
@@ -109,15 +109,16 @@ class OnTarget:
         return allocation_json(best, spec, None, decided, {**facts, **self._facts(), "methods": methods})
 
     def for_llamacpp(
-        self, facts: dict[str, Any], damages: Damages, prober: Measures | None, tries: int
+        self, facts: dict[str, Any], damages: Damages, prober: Prober | None, tries: int
     ) -> dict[str, Any]:
         """The allocation of a GGUF file, as in its file."""
         spec = self.question.spec
         devices = Devices(self.plan, spec, self.question.target, self.question.serve)
         parts = damages.parts
         assert isinstance(parts, FileParts)
-        decided = decide(damages, lambda made: devices.budgets(made.problem(0), parts), prober, tries)
-        return allocation_json(damages, spec, None, decided, {**facts, **self._facts()})
+        losses = devices.prior_losses() if prober is None else measured_caches(prober, devices.caches)
+        decided = decide(damages, lambda made: devices.budgets(made.problem(0), parts, losses), prober, tries)
+        return allocation_json(damages, spec, None, decided, {**facts, **self._facts(), "kv_losses": losses})
 
     def _facts(self) -> dict[str, Any]:
         chosen = self.plan.chosen

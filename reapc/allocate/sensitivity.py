@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
@@ -113,13 +113,22 @@ class Prober:
         write_text(record, json.dumps(found.to_json()))
         return found.kl
 
-    def fidelity(self, model: Path) -> Fidelity:
-        """How far a GGUF file is from ``base`` on the tokens."""
+    def cache(self, kind: str) -> float:
+        """KL in nats of ``base`` with a KV cache of another type to itself with one in f16."""
+        record = self.work / f"cache-{kind}.json"
+        if record.is_file():
+            return float(json.loads(record.read_text())["kl"])
+        found = self.fidelity(self.base, kind)
+        write_text(record, json.dumps(found.to_json()))
+        return found.kl
+
+    def fidelity(self, model: Path, kv: str = "f16") -> Fidelity:
+        """How far a GGUF file with a KV cache of type ``kv`` is from ``base`` on the tokens."""
         ids, mask = self.tokens.input_ids, self.tokens.mask
         if self._references is None:
             rows = gguf_log_probs(self.base, ids, mask, self.threads)
             self._references = [SequenceReference.of(row, ids[i], True) for i, row in enumerate(rows)]
-        return measure(self.tokens, self._references, gguf_log_probs(model, ids, mask, self.threads))
+        return measure(self.tokens, self._references, gguf_log_probs(model, ids, mask, self.threads, kv=kv))
 
 
 def probe_sets(groups: Sequence[Group], segments: int = 1) -> dict[str, list[Group]]:
@@ -161,6 +170,19 @@ def probed_counts(total: int, counts: Sequence[int]) -> list[int]:
         return []
     wanted = (total - round((total - fewest) * part) for part in (1, 1 / 2, 1 / 4))
     return sorted({min((c for c in counts if c < total), key=lambda c: abs(c - count)) for count in wanted})
+
+
+def measured_caches(prober: Prober, kinds: Iterable[str]) -> dict[str, float]:
+    """KL in nats of every type of KV cache; of f16, which everything else is measured with, none."""
+    found: dict[str, float] = {}
+    others = [kind for kind in kinds if kind != "f16"]
+    with prober.progress.task("probe", len(others), "KV caches") as advance:
+        for kind in kinds:
+            found[kind] = 0.0
+            if kind in others:
+                found[kind] = max(prober.cache(kind), 0.0)
+                advance(1)
+    return found
 
 
 def measured_pruning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -66,9 +67,10 @@ class Devices:
             return self.of_layer[layer]
         return self.host if short in EMBEDDINGS and not self.copied else self.last
 
-    def budgets(self, problem: Problem, parts: FileParts) -> Problem:
+    def budgets(self, problem: Problem, parts: FileParts, losses: Mapping[str, float] | None = None) -> Problem:
         """``problem`` with what each device has left for weights, in the place of one budget, beside a cache of every
-        type. File bytes stand for those in memory: never fewer, by the padding."""
+        type; ``losses``: what each costs in nats, the prior's where nothing was measured. File bytes stand for those in
+        memory: never fewer, by the padding."""
         counts = problem.experts.tolist()
         capacity = np.zeros((len(counts), len(self.devices)), np.int64)
         for index, device in enumerate(self.devices):
@@ -84,7 +86,11 @@ class Devices:
             left: Ints = capacity - np.array(self.caches[kind], np.int64)
             return left
 
-        return placed.with_caches({kind: prior.kv_loss(kind) for kind in self.caches}, beside)
+        return placed.with_caches(losses or self.prior_losses(), beside)
+
+    def prior_losses(self) -> dict[str, float]:
+        """What the prior says of every type of cache that may be served."""
+        return {kind: prior.kv_loss(kind) for kind in self.caches}
 
     def planned(self, plan: Plan, spec: ModelSpec, parts: FileParts, taken: Taken) -> Plan:
         """The plan with what was taken: its bytes, devices, count, KV type and loss."""

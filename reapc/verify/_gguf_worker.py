@@ -1,7 +1,8 @@
 """Logits of a GGUF model through llama.cpp's C interface: the child process of ``gguf_logits``.
 
-A script, run with ``python -P``: ``_gguf_worker.py BINDINGS MODEL IDS.npy LENGTHS.npy THREADS``. Writes to
-stdout the vocabulary size (int64), then float32 log-probabilities of each sequence's tokens, row by row.
+A script, run with ``python -P``: ``_gguf_worker.py BINDINGS MODEL IDS.npy LENGTHS.npy THREADS KV``, where KV is the
+number of the KV cache's ggml type. Writes to stdout the vocabulary size (int64), then float32 log-probabilities of each
+sequence's tokens, row by row.
 """
 
 import importlib
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 CHUNK_TOKENS = 256
+F16 = 1  # its number as a ggml type
 
 
 def load_bindings(folder: str) -> Any:
@@ -31,7 +33,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted
 
 
-def stream(lib: Any, model_path: str, ids: np.ndarray, lengths: np.ndarray, threads: int, out: BinaryIO) -> None:
+def stream(
+    lib: Any, model_path: str, ids: np.ndarray, lengths: np.ndarray, threads: int, kv: int, out: BinaryIO
+) -> None:
     """Decodes every sequence with an empty KV cache and writes its rows."""
     lib.llama_backend_init()
     model_parameters = lib.llama_model_default_params()
@@ -48,6 +52,9 @@ def stream(lib: Any, model_path: str, ids: np.ndarray, lengths: np.ndarray, thre
     parameters.n_ctx = max(ids.shape[1], 1)
     parameters.n_batch = parameters.n_ubatch = CHUNK_TOKENS
     parameters.n_threads = parameters.n_threads_batch = threads
+    if kv != F16:
+        parameters.type_k = parameters.type_v = kv
+        parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED  # quantized values demand it
     context = lib.llama_init_from_model(model, parameters)
     if not context:
         raise SystemExit(f"llama.cpp could not make a context of {ids.shape[1]} tokens")
@@ -69,11 +76,11 @@ def stream(lib: Any, model_path: str, ids: np.ndarray, lengths: np.ndarray, thre
 
 def main() -> None:
     """Keeps stdout for the numbers: whatever a library prints goes to stderr."""
-    bindings, model, ids, lengths, threads = sys.argv[1:]
+    bindings, model, ids, lengths, threads, kv = sys.argv[1:]
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     with out:
-        stream(load_bindings(bindings), model, np.load(ids), np.load(lengths), int(threads), out)
+        stream(load_bindings(bindings), model, np.load(ids), np.load(lengths), int(threads), int(kv), out)
 
 
 if __name__ == "__main__":

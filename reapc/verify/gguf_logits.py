@@ -12,6 +12,7 @@ from typing import IO
 
 import numpy as np
 
+from reapc.engines.llamacpp_memory import KV_TYPES
 from reapc.errors import CannotBeDone, ReapcError
 from reapc.toolchain import find_llamacpp, require
 
@@ -22,19 +23,20 @@ def gguf_log_probs(
     attention_mask: np.ndarray | None = None,
     threads: int = 0,
     vocab_size: int | None = None,
+    kv: str = "f16",
 ) -> Iterator[np.ndarray]:
     """Yields, per sequence of ``input_ids`` (n, length), log-softmax at each position: (length, vocab) float32.
 
     ``attention_mask`` (1 = token) may mask the end of a sequence only; rows there are NaN. Every sequence
-    starts from an empty KV cache (f16). ``threads`` 0 takes every core. ``vocab_size``, where given, must be
-    the file's. The numbers arrive through a pipe, a sequence at a time: nothing is written to disk.
+    starts from an empty KV cache of the type ``kv``. ``threads`` 0 takes every core. ``vocab_size``, where given, must
+    be the file's. The numbers arrive through a pipe, a sequence at a time: nothing is written to disk.
     """
     require("lib_dir")
     if not gguf.is_file():
         raise ReapcError(f"{gguf}: no such file")
     ids = np.ascontiguousarray(input_ids, dtype=np.int32)
     lengths = _lengths(ids, attention_mask)
-    return _stream(gguf, ids, lengths, threads or os.cpu_count() or 1, vocab_size)
+    return _stream(gguf, ids, lengths, threads or os.cpu_count() or 1, vocab_size, KV_TYPES[kv]["ggml"])
 
 
 def _lengths(ids: np.ndarray, attention_mask: np.ndarray | None) -> np.ndarray:
@@ -49,7 +51,7 @@ def _lengths(ids: np.ndarray, attention_mask: np.ndarray | None) -> np.ndarray:
 
 
 def _stream(
-    gguf: Path, ids: np.ndarray, lengths: np.ndarray, threads: int, vocab_size: int | None
+    gguf: Path, ids: np.ndarray, lengths: np.ndarray, threads: int, vocab_size: int | None, kv: int
 ) -> Iterator[np.ndarray]:
     tools = find_llamacpp()
     script = Path(__file__).with_name("_gguf_worker.py")
@@ -57,7 +59,7 @@ def _stream(
         np.save(Path(folder) / "ids.npy", ids)
         np.save(Path(folder) / "lengths.npy", lengths)
         files = [gguf.absolute(), Path(folder) / "ids.npy", Path(folder) / "lengths.npy"]
-        command = [sys.executable, "-P", script, tools.bindings, *files, threads]
+        command = [sys.executable, "-P", script, tools.bindings, *files, threads, kv]
         process = subprocess.Popen(
             [str(part) for part in command],
             stdin=subprocess.DEVNULL,
