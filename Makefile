@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that test side by side, a file at a time, each with one thread.
+TEST_WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo test test-all vllm-env vllm-tests lint bench clean
@@ -18,7 +20,7 @@ demo: setup
 	$(BIN)/reapc build recipes/demo.toml
 
 test: setup
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m 'not slow'
 
 test-all: setup
 	$(BIN)/python -m pytest

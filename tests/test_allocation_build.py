@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import gguf
 import pytest
@@ -14,6 +15,7 @@ from reapc.allocate.sensitivity import Prober
 from reapc.arch import known
 from reapc.build import Build
 from reapc.errors import CannotBeDone
+from reapc.estimate import Estimate
 from reapc.planner.allocate import allocate
 from reapc.planner.devices import Devices, Taken
 from reapc.planner.search import answer
@@ -28,6 +30,7 @@ RECIPE = (
     .replace("experts = 9", "max_ratio = 0.5")
     .replace('ram = "80MB"', 'ram = "45MB"')
 )
+KV = 'serve.kv_cache="auto"'
 
 
 @pytest.fixture(scope="module")
@@ -36,69 +39,93 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_project(folder, RECIPE, hidden_size=256, moe_intermediate_size=256, head_dim=64)
 
 
-def test_a_build_allocates(project: Path, cache: str, capsys, tmp_path: Path) -> None:
-    code, _, err = run_main(capsys, "build", project / "tiny.toml", "--out", tmp_path / "out", "--json")
-    assert code == 0, err
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+class Built(NamedTuple):
+    """A build that chooses its KV cache too. ``plain``: what one without allocation is expected to need; ``most``:
+    bytes in its stages whenever a probe was measured, and at the end."""
+
+    out: Path
+    cache: StageCache
+    plain: Estimate
+    expected: Estimate
+    most: int
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return json.loads((self.out / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def built(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("built")
+    cache = StageCache(folder / "stages", lambda _: None)
+    seen: list[int] = []
+
+    def note() -> None:
+        seen.append(sum(path.stat().st_size for path in cache.root.rglob("*") if path.is_file()))
+
+    whole = Prober.fidelity
+
+    def fidelity(self, *arguments):
+        note()
+        return whole(self, *arguments)
+
+    plain = Build(load_recipe(project / "tiny.toml", ("quantize.allocate=false",)), Silent(), cache=cache).expect()
+    build = Build(load_recipe(project / "tiny.toml", (KV,)), Silent(), cache=cache)
+    expected = build.expect()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Prober, "fidelity", fidelity)
+        build.run(folder / "out")
+    note()
+    assert len(seen) > 6
+    return Built(folder / "out", cache, plain, expected, max(seen))
+
+
+def test_a_build_allocates(built: Built) -> None:
+    manifest = built.manifest
     found = manifest["allocation"]
     assert manifest["format"].startswith("mix of GGUF types, ")
     assert manifest["experts_kept"] == found["experts"]
     assert found["predicted"]["source"] == "measured"
     assert found["certificate"]["lower_bound"] <= found["certificate"]["best_predicted_kl"]
-    path = tmp_path / "out" / "model.gguf"
+    path = built.out / "model.gguf"
     check_types(path, found["types"])
     data = path.stat().st_size - gguf.GGUFReader(str(path)).data_offset
     assert data == found["data_bytes"]
     weights = next(row for row in manifest["fit"] if row["name"] == "weights")
     assert weights["predicted_bytes"] == weights["actual_bytes"]
-    plan = json.loads((tmp_path / "out" / "plan.json").read_text())["from_scores"]
+    plan = json.loads((built.out / "plan.json").read_text())["from_scores"]
     assert all(device["free_bytes"] >= 0 for device in plan["chosen"]["placement"]["devices"])
     assert "allocated tensor by tensor" in plan["reasons"][0]
     # what measuring chooses is what pruning was measured with, and the script and the plan name a mix
     assert found["measured_choice"]
     assert plan["chosen"]["format"] == manifest["format"]
-    assert f"llama.cpp: {manifest['format']}" in (tmp_path / "out" / "serve.sh").read_text()
-    # again, served on another port and healed after quantization: the allocation is reused
-    code, _, err = run_main(
-        capsys, "build", project / "tiny.toml", "--set", "serve.port=8099", "--set", "quantize.heal=true",
-        "--out", tmp_path / "second", "--json",
-    )  # fmt: skip
-    assert code == 0, err
-    healed = json.loads((tmp_path / "second" / "manifest.json").read_text())
-    assert "allocate" in healed["reused"]
-    assert healed["healing_quantized"]["layers"]
-    assert healed["allocation"]["types"] == found["types"]
-    check_types(tmp_path / "second" / "model.gguf", found["types"])
+    assert f"llama.cpp: {manifest['format']}" in (built.out / "serve.sh").read_text()
 
 
-def test_allocating_costs_what_was_estimated_and_measures_kv_caches(project: Path, tmp_path: Path, monkeypatch) -> None:
-    """Disk: what lies in the build's stages whenever a probe is being measured, and at the end."""
-    cache = StageCache(tmp_path / "stages", lambda _: None)
-    seen: list[int] = []
+def test_an_allocation_is_reused_and_healed_after_it(built: Built, project: Path, tmp_path: Path) -> None:
+    """Served on another port, and healed after quantization."""
+    settings = (KV, "serve.port=8099", "quantize.heal=true")
+    healed = Build(load_recipe(project / "tiny.toml", settings), Silent(), cache=built.cache).run(tmp_path / "out")
+    assert "allocate" in healed.manifest["reused"]
+    assert healed.manifest["healing_quantized"]["layers"]
+    types = built.manifest["allocation"]["types"]
+    assert healed.manifest["allocation"]["types"] == types
+    check_types(tmp_path / "out" / "model.gguf", types)
 
-    def taken() -> int:
-        return sum(path.stat().st_size for path in cache.root.rglob("*") if path.is_file())
 
-    whole = Prober.fidelity
+def test_what_kv_caches_cost_is_measured_and_part_of_what_is_expected(built: Built) -> None:
+    found = built.manifest["allocation"]
+    losses = found["kv_losses"]
+    assert losses["f16"] == 0 < losses["q8_0"] < losses["q4_0"]
+    expected = [one["measured_kl"] + losses[one["kv_dtype"]] for one in found["measured"]]
+    assert found["expected_kl"] == pytest.approx(min(expected))
+    assert found["predicted"]["kv_cache"] == losses[found["kv_dtype"]]
 
-    def fidelity(self, *arguments):
-        seen.append(taken())
-        return whole(self, *arguments)
 
-    monkeypatch.setattr(Prober, "fidelity", fidelity)
-    plain = Build(load_recipe(project / "tiny.toml", ("quantize.allocate=false",)), Silent(), cache=cache).expect()
-    build = Build(load_recipe(project / "tiny.toml", ('serve.kv_cache="auto"',)), Silent(), cache=cache)
-    expected = build.expect()
-    found = build.run(tmp_path / "out").manifest["allocation"]
-    assert len(seen) >= 6
-    assert max(*seen, taken()) <= expected.disk_bytes < 2.5 * max(*seen, taken())
-    assert expected.disk_bytes > plain.disk_bytes
-    assert expected.seconds > plain.seconds
-    # the same build: what the types of KV cache cost is measured, and is part of what is expected
-    assert found["kv_losses"]["f16"] == 0 < found["kv_losses"]["q8_0"] < found["kv_losses"]["q4_0"]
-    measured = {(one["experts"], one["kv_dtype"]): one["measured_kl"] for one in found["measured"]}
-    taken = measured[found["experts"], found["kv_dtype"]] + found["kv_losses"][found["kv_dtype"]]
-    assert found["expected_kl"] == pytest.approx(taken)
+def test_what_allocating_needs_is_estimated(built: Built) -> None:
+    assert built.most <= built.expected.disk_bytes < 2.5 * built.most
+    assert built.expected.disk_bytes > built.plain.disk_bytes
+    assert built.expected.seconds > built.plain.seconds
 
 
 def test_what_contradicts_it_is_refused(project: Path, capsys, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,11 +86,17 @@ def hub(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def cluster(hub: Path) -> Iterator[str]:
     """The address of a cluster of two nodes with a CPU each; this process is connected to it."""
+    # Ray's sockets lie here, and their paths have at most 107 bytes: pytest's own folders are too deep for them
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short:
+        yield from _cluster(hub, short)
+
+
+def _cluster(hub: Path, temporary: str) -> Iterator[str]:
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path_factory.mktemp("tmp")),
+        "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "TMPDIR": temporary,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():

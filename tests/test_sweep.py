@@ -225,7 +225,7 @@ def test_a_sweep_measures_the_grid_and_goes_on_where_it_was(project: Path, capsy
 def test_models_of_others_are_on_the_same_panel(project: Path, capsys, tmp_path: Path) -> None:
     """The model itself as if somebody else had made it: no KL to itself."""
     code, text, err = _sweep(
-        capsys, project, tmp_path / "o", "--budgets", "40", "--formats", "Q8_0", "--heal", "no", "--also",
+        capsys, project, tmp_path / "o", "--budgets", "40", "--formats", "Q8_0", "--heal", "no", "--no-joint", "--also",
         f"them={project / 'model'}", "--json",
     )  # fmt: skip
     assert code == 0, err
