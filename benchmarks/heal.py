@@ -23,6 +23,7 @@ from reapc.progress import Silent
 from reapc.prune import heal
 from reapc.prune.heal import Healing
 from reapc.prune.rewrite import prune
+from reapc.quantize.folder_form import FolderForm
 from reapc.stream.model import StreamedModel
 from reapc.stream.run import run_layers, states_of
 from reapc.stream.tokens import Tokens
@@ -70,7 +71,7 @@ def main() -> int:
             work = root / f"heal-{number}"
             work.mkdir()
             start = time.perf_counter()
-            reports = Healing(model, StreamedModel(pruned), fit, choice, work, Silent()).run()
+            reports = Healing(model, StreamedModel(pruned), fit, choice, work, Silent(), FolderForm(pruned)).run()
             healing.append(time.perf_counter() - start)
     a, b = statistics.median(healing), statistics.median(forward)
     print(

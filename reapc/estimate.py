@@ -30,7 +30,7 @@ _BASE_MEMORY_BYTES = 600 << 20
 _TUNED_TOKENS, _TUNED_FORWARDS = 4096, 3
 # GPTQ: seconds per weight and core of the column by column rounding; measured on the demo model, two cores.
 _GPTQ_WEIGHTS_PER_SECOND_AND_CORE = 0.5e6
-# Healing in plain forwards, both models' layers and the sweeps: 5.8 measured by benchmarks/heal.py.
+# Healing in plain forwards, both models' layers and the sweeps: 4.6 to 5.8 measured by benchmarks/heal.py.
 _HEALING_FORWARDS = 6
 
 
