@@ -10,6 +10,7 @@ from reapc.allocate.rounding import SAMPLE_ROWS
 from reapc.allocate.sensitivity import probe_sets, probed_counts
 from reapc.arch import ModelSpec
 from reapc.checkpoint.reader import Checkpoint
+from reapc.formats.weights import LAYER_PARTS
 from reapc.observe.observe import disk_bytes
 from reapc.plan import Plan
 from reapc.planner.tensor_groups import file_parts
@@ -18,8 +19,8 @@ from reapc.stream.tokens import Tokens
 _MIXES = 3  # chosen ones that are measured
 _CACHES = 2  # types of KV cache, at most
 # Weights per second in one thread, on the demo model: ggml's types (the small ones search), and integers or FP8.
-GGML_WEIGHTS_PER_SECOND = 1.2e6
-NEAREST_WEIGHTS_PER_SECOND = 100e6
+_GGML_WEIGHTS_PER_SECOND = 1.2e6
+_NEAREST_WEIGHTS_PER_SECOND = 100e6
 
 
 class Needs(NamedTuple):
@@ -43,16 +44,17 @@ def allocation_needs(checkpoint: Checkpoint, plan: Plan, calibration: Tokens, co
         return Needs(
             (1 + probes + _CACHES) * text.count,
             (2 + 2 * probes) * whole,
-            _sampled_weights(spec) / GGML_WEIGHTS_PER_SECOND,
+            _sampled_weights(spec) / _GGML_WEIGHTS_PER_SECOND,
             2 * whole + plan.chosen.file_bytes,
         )
-    classes = len({group.role for layer in spec.layers for group in layer.kind.tensors if group.linears})
+    roles = {group.role for layer in spec.layers for group in layer.kind.tensors if group.linears}
+    classes = len(roles & set(LAYER_PARTS.values()))
     variants = classes + prunes
     passes = 1 + variants + 2 * _MIXES  # each reads the model once for itself, and once for every variant
     return Needs(
         passes * text.count,
         (1 + passes) * checkpoint.bytes,
-        (1 + _MIXES) * spec.parameters / NEAREST_WEIGHTS_PER_SECOND,
+        (1 + _MIXES) * spec.parameters / _NEAREST_WEIGHTS_PER_SECOND,
         (1 + variants) * disk_bytes(checkpoint, text, None),
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
 
+from reapc.arch import ModelSpec
 from reapc.arch.spec import LayerKind, TensorGroup
 from reapc.engines import vllm, vllm_rules
 from reapc.engines.vllm_rules import Layout
@@ -42,29 +43,16 @@ class Cards:
     def methods(self, method: str = "auto") -> list[CheckpointParts]:
         """The units of a checkpoint of each method that the question's formats are of, a writer of the recipe's
         quantize.method writes, and vLLM serves in the layout."""
-        found: list[CheckpointParts] = []
-        for name, groups in self._named().items():
-            formats = [fmt for fmt in plain_formats(name, groups) if self._written(fmt, method) and self._legal(fmt)]
-            try:
-                found.append(
-                    checkpoint_parts(self.question.spec, name, formats, self._refusal, self.question.keeps_mtp)
-                )
-            except CannotBeDone:
-                continue
+        vllm_formats = (name for engine, name in self.question.pairs if engine == "vllm")
+        found = parts_of_methods(
+            self.question.spec, vllm_formats, lambda fmt: self._written(fmt, method) and self._legal(fmt),
+            self._refusal, self.question.keeps_mtp,
+        )  # fmt: skip
         if not found:
             raise CannotBeDone(
                 "quantize.allocate = true, and no format that can be written leaves anything to choose on this target",
                 hint="set quantize.allocate = false, or leave quantize.method and group_size out",
             )
-        return found
-
-    def _named(self) -> dict[Method, set[int]]:
-        """Methods and group sizes that the question admits."""
-        found: dict[Method, set[int]] = {}
-        for engine, name in self.question.pairs:
-            fmt = weights.parse(name) if engine == "vllm" else None
-            if fmt is not None and fmt.quantized and not fmt.overrides:
-                found.setdefault(fmt.method, set()).add(fmt.group_size)
         return found
 
     def _written(self, fmt: WeightFormat, method: str) -> bool:
@@ -159,7 +147,31 @@ class Cards:
         )  # fmt: skip
 
 
-def plain_formats(method: Method, groups: set[int]) -> list[WeightFormat]:
+def parts_of_methods(
+    spec: ModelSpec,
+    names: Iterable[str],
+    admitted: Callable[[WeightFormat], bool],
+    served: Callable[[WeightFormat, TensorGroup], str | None],
+    mtp: bool = False,
+) -> list[CheckpointParts]:
+    """The units of a checkpoint of each method that quantized formats among ``names`` are of, in every width that is
+    ``admitted`` and the group sizes named; methods that leave nothing to choose are left out. ``served`` as in
+    ``checkpoint_parts``."""
+    named: dict[Method, set[int]] = {}
+    for fmt in map(weights.parse, names):
+        if fmt is not None and fmt.quantized and not fmt.overrides:
+            named.setdefault(fmt.method, set()).add(fmt.group_size)
+    found: list[CheckpointParts] = []
+    for method, groups in named.items():
+        try:
+            formats = [fmt for fmt in _plain(method, groups) if admitted(fmt)]
+            found.append(checkpoint_parts(spec, method, formats, served, mtp))
+        except CannotBeDone:
+            continue
+    return found
+
+
+def _plain(method: Method, groups: set[int]) -> list[WeightFormat]:
     """Every plain format of a method with these group sizes, the widest first."""
     if method not in _INTEGERS:
         return [weights.plain(method, 8, group) for group in groups]

@@ -10,6 +10,7 @@ from typing import Any
 
 from reapc.allocate.allocation import decide, measured
 from reapc.allocate.checkpoints import decide_methods, measured_checkpoints, prober_of_checkpoint
+from reapc.allocate.in_build import SEQUENCES
 from reapc.allocate.masks import by_criterion
 from reapc.allocate.record import allocation_json
 from reapc.allocate.sensitivity import Prober
@@ -18,10 +19,10 @@ from reapc.checkpoint.atomic import make_folder, remove, write_text
 from reapc.engines import vllm_rules
 from reapc.engines.vllm_rules import Layout
 from reapc.errors import CannotBeDone
-from reapc.formats import weights, writers
+from reapc.formats import writers
 from reapc.formats.gguf_types import DEFAULT_TYPES
-from reapc.planner.cards import plain_formats
-from reapc.planner.checkpoint_units import CheckpointParts, checkpoint_parts
+from reapc.planner.cards import parts_of_methods
+from reapc.planner.checkpoint_units import CheckpointParts
 from reapc.planner.question import kept_counts
 from reapc.prune.criteria import CRITERIA, groups_of
 from reapc.quantize.imatrix import entries_of
@@ -29,7 +30,6 @@ from reapc.stages import StageCache, digest_of
 from reapc.sweep.grid import Budget, Mix
 from reapc.sweep.run import Sweep
 
-SEQUENCES = 32  # of the calibration text, to measure KL on
 Decide = Callable[[int], dict[str, Any]]  # the allocation of so many bytes; CannotBeDone where nothing fits
 
 
@@ -44,7 +44,7 @@ def joint_mixes(sweep: Sweep, budgets: Sequence[Budget], formats: Sequence[str],
         for budget, chosen in allocator.allocations(budgets, allocator.files, {}):
             types = tuple(sorted(chosen["types"].items()))
             found.append(Mix(_name(budget), chosen["experts"], chosen["data_bytes"], types=types))
-    if every := checkpoint_methods(spec, formats):
+    if every := _methods(spec, formats):
         options = {"methods": {parts.method: parts.types() for parts in every}}
         for budget, chosen in allocator.allocations(budgets, lambda: allocator.checkpoints(every), options):
             label = f"joint-{chosen['method']}@{_name(budget).partition('@')[2]}"
@@ -57,29 +57,14 @@ def _name(budget: Budget) -> str:
     return f"joint@{budget.name.replace(' ', '')}"
 
 
-def checkpoint_methods(spec: ModelSpec, formats: Sequence[str]) -> list[CheckpointParts]:
-    """The units of a checkpoint of each method that ``formats`` name, at every width that its writer has and vLLM
-    serves on one card, in the group sizes named."""
-    groups: dict[weights.Method, set[int]] = {}
-    for name in formats:
-        fmt = weights.parse(name) if name not in DEFAULT_TYPES else None
-        if fmt is not None and fmt.quantized:
-            groups.setdefault(fmt.method, set()).add(fmt.group_size)
-    found = []
-    for method, sizes in groups.items():
-        plain = [fmt for fmt in plain_formats(method, sizes) if writers.writer(fmt, spec=spec) is not None]
-        try:
-            found.append(
-                checkpoint_parts(
-                    spec,
-                    method,
-                    plain,
-                    lambda fmt, group: vllm_rules.group_refusal(spec, fmt, group, Layout(1, 1, 1))[0],
-                )
-            )
-        except CannotBeDone:  # nothing to choose in this method
-            continue
-    return found
+def _methods(spec: ModelSpec, formats: Sequence[str]) -> list[CheckpointParts]:
+    """Of each method that ``formats`` name, as far as it is written here and vLLM serves it on one card."""
+    alone = Layout(1, 1, 1)
+    return parts_of_methods(
+        spec, (name for name in formats if name not in DEFAULT_TYPES),
+        lambda fmt: writers.writer(fmt, spec=spec) is not None,
+        lambda fmt, group: vllm_rules.group_refusal(spec, fmt, group, alone)[0],
+    )  # fmt: skip
 
 
 class _Allocator:
